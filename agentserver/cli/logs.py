@@ -1,0 +1,113 @@
+"""`logs`: what agents wrote, in order, from any point, live if wanted.
+
+Owns:    where each stream begins, and the passage from what is kept to what is coming.
+Runs in: the main thread of a command.
+Unaware: of how output is pushed and gaps are filled (follow.py), and of how it is written (pieces.py).
+"""
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import deque
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, Tuple
+
+from . import connect, exits, pieces, show
+from .pieces import Piece
+
+if TYPE_CHECKING:
+    from ..client import Agent, AgentClient
+    from ..messages import AgentInfo, Chunk
+
+CHUNK = 256 * 1024
+#: (agent id, stream) -> the offset up to which it was shown
+Offsets = Dict[Tuple[str, str], int]
+
+
+def logs(given: Namespace) -> int:
+    """Print the output of agents; with --follow until they have ended."""
+    streams = ("stdout", "stderr") if given.stream == "both" else (given.stream,)
+    with connect.patient(given) as client:
+        limit = connect.deadline(given)
+        agents = list({agent.id: agent for agent in map(client.agent, given.agents)}.values())
+        infos = [agent.info() for agent in agents]
+        write = _writer(given, infos)
+        write(_all(client, given, list(zip(agents, infos)), streams, limit))
+    return 0
+
+
+def _writer(given: Namespace, infos: list[AgentInfo]) -> Callable[[Iterator[Piece]], None]:
+    if given.json:
+        return pieces.write_json
+    if len(infos) == 1 and not given.timestamps:
+        return pieces.write_raw
+    names = {info.id: info.name for info in infos}
+    return pieces.line_writer(pieces.prefixes(names) if len(infos) > 1 else {}, given.timestamps)
+
+
+def _all(client: AgentClient, given: Namespace, agents: list[tuple[Agent, AgentInfo]], streams: tuple[str, ...],
+         limit: float | None) -> Iterator[Piece]:
+    reached: Offsets = {}
+    yield from pieces.in_order([_kept(agent, info, given, streams, reached) for agent, info in agents])
+    if given.follow:
+        yield from _coming(client, [agent.id for agent, _ in agents], streams, reached, limit)
+
+
+# ---------------------------------------------------------------- what is kept
+
+def _kept(agent: Agent, info: AgentInfo, given: Namespace, streams: tuple[str, ...],
+          reached: Offsets) -> Iterator[Piece]:
+    """Yield one agent's output so far, both streams in the order they were written."""
+    found = []
+    for stream in streams:
+        begin, end = _range(agent, info, stream, given)
+        reached[agent.id, stream] = max(begin, end)
+        found.append(_stream(agent, stream, begin, end))
+    merged = pieces.in_order(found)
+    if given.lines is None:
+        return merged
+    return iter(deque(pieces.lines(merged, None), maxlen=given.lines))
+
+
+def _range(agent: Agent, info: AgentInfo, stream: str, given: Namespace) -> tuple[int, int]:
+    """Return from where to where a stream is to be shown."""
+    span = info.output.get(stream)
+    if span is None:
+        return 0, 0
+    begin = span.first_offset
+    if given.since is not None:
+        data = agent.client.control(agent.id, f"read_{stream}", since=given.since, max_bytes=1)
+        begin = int(data.get("offset") or 0)
+    if given.lines is not None:
+        from .tail import start_of_last
+        begin = max(begin, start_of_last(agent, stream, span, given.lines))
+    return begin, span.end_offset
+
+
+def _stream(agent: Agent, stream: str, begin: int, end: int) -> Iterator[Piece]:
+    at = begin
+    while at < end:
+        chunk = agent.read(stream, offset=at, max_bytes=min(end - at, CHUNK), times=True)
+        _tell_gap(agent.id, stream, chunk)
+        if not chunk.data:
+            return
+        yield from pieces.of_chunk(agent.id, stream, chunk)
+        at = chunk.next_offset
+
+
+def _tell_gap(agent_id: str, stream: str, chunk: Chunk) -> None:
+    if chunk.dropped:
+        exits.note(f"{show.size(chunk.dropped)} of {stream} of {agent_id[:8]} are missing here: the oldest output "
+                   "goes when an agent's cap is reached")
+
+
+# ---------------------------------------------------------------- what is coming
+
+def _coming(client: AgentClient, ids: list[str], streams: tuple[str, ...], reached: Offsets,
+            limit: float | None) -> Iterator[Piece]:
+    import time
+    left = None if limit is None else max(limit - time.monotonic(), 0.001)
+    for agent_id, stream, chunk in client.follow(ids, streams=streams, offsets=reached, timeout=left):
+        _tell_gap(agent_id, stream, chunk)
+        yield from pieces.of_chunk(agent_id, stream, chunk)
+
+
+COMMANDS: dict[str, Callable[[Namespace], int]] = {"logs": logs}

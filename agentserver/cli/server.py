@@ -1,0 +1,186 @@
+"""`health`, `stats`, `events`, `shutdown`: the server itself.
+
+Owns:    what is shown of it, and how its end is waited for.
+Runs in: the main thread of a command.
+Unaware: of what a server does to end.
+"""
+from __future__ import annotations
+
+import os
+import time
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any, Callable, Iterator
+
+from ..errors import AgentServerError, LinkError, RequestTimeout
+from ..messages import Json
+from . import connect, exits, out, show
+
+if TYPE_CHECKING:
+    from ..client import AgentClient
+
+LOOK_SECS = 0.1        # between two looks whether the server is still there
+LOOK_ANSWER_SECS = 2.0  # how long such a look may take
+LAST_STEPS_SECS = 5.0  # from its closed socket to the end of its process
+
+
+# ---------------------------------------------------------------- health, stats
+
+def health(given: Namespace) -> int:
+    """Print how the server is; return 1 if it is not well."""
+    with connect.connect(given) as client:
+        found = client.health()
+    if given.json:
+        out.document(found.raw)
+    else:
+        facts = {"healthy": "yes" if found.healthy else "no", "protocol": found.protocol_version,
+                 "uptime": show.duration(found.uptime_secs), "active agents": str(found.active_agents)}
+        show.say(*show.pairs([*facts.items(), *((k, str(v)) for k, v in found.metadata.items())]))
+    return exits.OK if found.healthy else exits.FAILED
+
+
+def stats(given: Namespace) -> int:
+    """Print the server's counters."""
+    with connect.connect(given) as client:
+        found = client.stats()
+    if given.json:
+        out.document(found.raw)
+    else:
+        show.say(*show.pairs(_counters(found.raw)))
+    return exits.OK
+
+
+def _counters(raw: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in raw.items():
+        if isinstance(value, dict):
+            yield from _counters(value, f"{prefix}{name} ")
+        elif value is not None:
+            yield (prefix + name).replace("_", " "), _counted(name, value)
+
+
+def _counted(name: str, value: Any) -> str:
+    if isinstance(value, (int, float)) and "bytes" in name:
+        return show.size(value)
+    if isinstance(value, (int, float)) and name.endswith("secs"):
+        return show.duration(value)
+    return str(value)
+
+
+# ---------------------------------------------------------------- events
+
+def events(given: Namespace) -> int:
+    """Print what happened; with --follow what happens."""
+    with connect.patient(given) as client:
+        shown = _Shown(given)
+        if not given.follow:
+            for event in _kept(client, given.since or 0):
+                shown.show(event)
+            return exits.OK
+        for event in client.follow_events(since=given.since):
+            shown.show(event)
+    return exits.OK
+
+
+def _kept(client: AgentClient, since: int) -> Iterator[Json]:
+    """Yield the stored events after `since`, page by page."""
+    first = True
+    while True:
+        page = client.events(since=since, limit=1000)
+        if first and since and page.first_kept > since + 1:
+            exits.note(f"the events from {since + 1} to {page.first_kept - 1} are no longer kept")
+        yield from page.events
+        if not page.more:
+            return
+        since, first = page.next, False
+
+
+class _Shown:
+    """Print events, one per line, at once."""
+
+    def __init__(self, given: Namespace) -> None:
+        self._json = given.json
+
+    def show(self, event: Json) -> None:
+        if self._json:
+            out.document(event)
+        else:
+            out.write(1, (event_line(event) + "\n").encode("utf-8", "backslashreplace"))
+
+
+def event_line(event: Json) -> str:
+    """Return an event as one line: number, time, who, status, what."""
+    who = str(event.get("agent_id") or "server")[:8]
+    status = str(event.get("status") or event.get("state") or "")
+    at = str(event.get("timestamp") or "")[:19].replace("T", " ")
+    told = str(event.get("message") or event.get("update_type") or event.get("type") or "")
+    head = f"{event.get('sequence', '?'):>6}  {at}  {show.clean(who):8}  "
+    return f"{head}{show.paint(status.ljust(12), show.status_style(status))}  {show.clean(told)}".rstrip()
+
+
+# ---------------------------------------------------------------- shutdown
+
+def shutdown(given: Namespace) -> int:
+    """End the server, wait until it is gone, and say so."""
+    with connect.patient(given) as client:
+        pid = str(client.health().metadata.get("pid", ""))
+        reply = client.shutdown(drain=given.drain)
+        _wait_gone(client, pid, given.drain, connect.deadline(given))
+        if connect.is_local(client):
+            _wait_ended(pid)
+        if given.json:
+            out.document(reply)
+        else:
+            show.say(f"the server at {client.address} has ended")
+    return exits.OK
+
+
+def _wait_gone(client: AgentClient, pid: str, drain: bool, limit: float | None) -> None:
+    """Wait until nobody answers any more, or another server does."""
+    doing = "draining" if drain else "ending"
+    with connect.progress(doing) as shown:
+        while (left := _active(client.address, pid)) is not None:
+            shown["what"] = f"{doing}: {show.plural(left, 'agent')} left"
+            if limit is not None and time.monotonic() >= limit:
+                raise RequestTimeout(f"the server is still {doing}, with {show.plural(left, 'agent')} left; "
+                                     "it goes on with that")
+            time.sleep(LOOK_SECS)
+
+
+def _active(address: str, pid: str) -> int | None:
+    """Return how many agents the server with this pid still has; None if it is not there."""
+    from ..client import AgentClient
+    try:
+        with AgentClient(address, timeout=LOOK_ANSWER_SECS, retry_secs=0) as client:
+            found = client.health()
+            return found.active_agents if str(found.metadata.get("pid", "")) == pid else None
+    except (LinkError, RequestTimeout):
+        return None
+    except AgentServerError as e:
+        return None if e.code == "unavailable" else 0
+
+
+def _wait_ended(pid: str) -> None:
+    """Wait for the last steps of a local server's process, so that a new one can be started in its directory."""
+    until = time.monotonic() + LAST_STEPS_SECS
+    while pid.isdigit() and _runs(int(pid)) and time.monotonic() < until:
+        time.sleep(LOOK_SECS / 10)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process exists and has not ended; one that its parent has not reaped has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] != b"Z"
+    except (OSError, IndexError):
+        return not os.path.isdir("/proc/self") and _signalable(pid)
+
+
+def _signalable(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "health": health, "stats": stats, "events": events, "shutdown": shutdown}

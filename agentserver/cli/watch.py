@@ -1,0 +1,60 @@
+"""`ps --watch`: the list again whenever something changes.
+
+Owns:    when to ask again, and the clearing of the screen.
+Runs in: the main thread of a command, until Ctrl-C.
+Unaware: of what a list looks like (agents.py).
+"""
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from . import agents, connect, out, show
+from .exits import OK, UsageError
+
+if TYPE_CHECKING:
+    from ..client import AgentClient
+
+QUIET_SECS = 0.1  # between two lists, however much happens
+_HOME_AND_CLEAR = b"\033[H\033[2J\033[3J"
+
+
+def watch(given: Namespace) -> int:
+    """Show the list, and again after changes; with --json one list per line."""
+    if not (given.json or show.is_terminal(1)):
+        raise UsageError("`agentserver ps --watch` redraws a terminal, and stdout is none; use --json for a list per "
+                         "line, or `agentserver events -f`")
+    limit = connect.deadline(given)
+    with connect.patient(given) as client, connect.patient(given) as listener:
+        seen = _draw(client, given)
+        for event in listener.follow_events(since=seen):
+            if int(event.get("sequence") or 0) <= seen:
+                continue  # it was in the last list already
+            if limit is not None and time.monotonic() >= limit:
+                break
+            time.sleep(QUIET_SECS)
+            seen = _draw(client, given)
+    return OK
+
+
+def _draw(client: AgentClient, given: Namespace) -> int:
+    """Print the list; return the number of the last event that it takes account of."""
+    seen = last_sequence(client)
+    infos = agents.found(client, given)
+    if not given.json:
+        out.write(1, _HOME_AND_CLEAR)
+    agents.print_agents(infos, given.json)
+    import sys
+    sys.stdout.flush()
+    return seen
+
+
+def last_sequence(client: AgentClient) -> int:
+    """Return the number of the newest event."""
+    since = 0
+    while True:
+        page = client.events(since=since, limit=10_000)
+        since = max(since, page.next)
+        if not page.more:
+            return since

@@ -1,0 +1,492 @@
+"""The settings of a server: what may be set, where, and what is refused.
+
+Owns:    ServerConfig; SETTINGS, the one table behind flags, variables, file and docs; the INI reader.
+Runs in: any process; reads one file, changes nothing.
+Unaware: of what a setting does, and of what a `[backend NAME]` section means beyond the names of its keys.
+
+Defaults < file < environment < flags. The INI reader is our own because `configparser` forgets line numbers;
+what it accepts is a part of what `configparser` accepts, with the same meaning, and a test compares the two.
+"""
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+from .errors import ConfigError
+
+#: variables with our prefix that are no settings: where clients look for a server, and whose process this is
+NOT_SETTINGS = frozenset(("AGENTSERVER_SERVER", "AGENTSERVER_AGENT_ID"))
+BACKEND_KEYS = ("like", "program", "argv", "argv_pipe", "stdin", "finish", "environment")
+BACKEND_KEY_PREFIXES = ("environment.", "file.", "tools.")
+MAX_FILE = 1024 * 1024     # bytes
+MAX_IPC_PATH = 107         # bytes; sun_path of unix(7) less its final NUL
+
+KIB, MIB, DAY = 1024, 1024 * 1024, 86400.0
+_MOST_SECS = 3650 * DAY
+
+Check = Callable[[Any, str], Any]
+
+
+# ---------------------------------------------------------------- checks: (value, name) -> value, or ConfigError
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _nearest(word: str, known: List[str], least: float) -> str:
+    import difflib
+    return next(iter(difflib.get_close_matches(word, known, 1, least)), "")
+
+
+def _did_you_mean(word: str, known: List[str]) -> str:
+    nearest = _nearest(word, known, 0.6)
+    return f"did you mean {nearest}?" if nearest else f"known are {', '.join(known)}"
+
+
+def _check_text(value: str, name: str) -> None:
+    try:
+        valid = b"\0" not in value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        valid = False
+    if not valid:
+        raise ConfigError(f"{name} contains a NUL or a lone surrogate, which the system cannot be given; take it out")
+
+
+def check_endpoint(endpoint: str, name: str = "endpoint") -> str:
+    """Return an endpoint to bind in its plain form (`localhost` as 127.0.0.1); refuse all but loopback and ipc."""
+    scheme, _, address = endpoint.partition("://")
+    if scheme == "tcp":
+        return _check_tcp(address, name)
+    if scheme == "ipc":
+        return _check_ipc(address, name)
+    raise ConfigError(f"{name} must be tcp://127.0.0.1:PORT or ipc:///PATH, not {_shown(endpoint)}")
+
+
+def _check_tcp(address: str, name: str) -> str:
+    host, colon, port = address.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+        raise ConfigError(f"{name} must end in :PORT, a number from 0 to 65535 (0 takes a free one), "
+                          f"not tcp://{_shown(address)[1:-1]}")
+    if host == "localhost":  # not looked up: what a resolver says about it decides who can reach us
+        host = "127.0.0.1"
+    if not _is_loopback(host):
+        raise ConfigError(f"{name} may not listen on {_shown(host)}, which is no loopback address: this version has "
+                          "no keys, so whoever reached it could run commands here; use tcp://127.0.0.1:PORT (and a "
+                          "tunnel such as `ssh -L` from other machines) or ipc:///PATH")
+    return f"tcp://{host}:{int(port)}"
+
+
+def _is_loopback(host: str) -> bool:
+    parts = host.split(".")
+    return host == "[::1]" or (len(parts) == 4 and parts[0] == "127" and all(
+        re.fullmatch(r"0|[1-9][0-9]{0,2}", part) and int(part) <= 255 for part in parts))
+
+
+def _check_ipc(path: str, name: str) -> str:
+    if path in ("", "*") or path.startswith("@"):
+        # an abstract socket has no permissions, so every local user could connect to it
+        raise ConfigError(f"{name} must name a socket file, such as ipc:///run/user/1000/agentserver, "
+                          f"not {_shown('ipc://' + path)}")
+    size = len(os.fsencode(path))
+    if size > MAX_IPC_PATH:
+        raise ConfigError(f"{name} has a path of {size} bytes and a socket's may have at most {MAX_IPC_PATH}; "
+                          f"use a shorter one than {_shown(path)}")
+    return "ipc://" + path
+
+
+def _check_pub_endpoint(endpoint: str, name: str) -> str:
+    return endpoint if endpoint == "none" else check_endpoint(endpoint, name)
+
+
+def _check_server_id(value: str, name: str) -> str:
+    if len(value) > 128 or not value.isprintable():
+        raise ConfigError(f"{name} must be at most 128 printable characters, not {_shown(value)}")
+    return value
+
+
+def _check_names(names: Tuple[str, ...], name: str) -> Tuple[str, ...]:
+    for item in names:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*\*?", item):
+            raise ConfigError(f"{name} takes names of variables, or beginnings of names such as CLAUDE_*, "
+                              f"not {_shown(item)}")
+    return names
+
+
+# ---------------------------------------------------------------- the settings
+
+def _setting(default: Any, help: str, unit: str = "", least: Optional[float] = None, most: Optional[float] = None,
+             *, check: Optional[Check] = None, shown: str = "") -> Any:
+    return field(default=default, metadata={
+        "help": help, "unit": unit, "least": least, "most": most, "check": check, "shown": shown})
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Every setting of one server. Valid from birth; `repr` leaves the backends out, they may hold secrets."""
+
+    state_dir: str = _setting(
+        "", "directory for everything the server keeps; one server per directory; on a local disk",
+        shown="`$XDG_STATE_HOME/agentserver`, else `~/.local/state/agentserver`")
+    server_id: str = _setting(
+        "", "name of this server in replies and messages; at most 128 characters", check=_check_server_id,
+        shown="the host's name")
+    endpoint: str = _setting(
+        "tcp://127.0.0.1:5555", "where requests are answered: `tcp://` on loopback (port 0: a free one) or `ipc://`",
+        check=check_endpoint)
+    pub_endpoint: str = _setting(
+        "tcp://127.0.0.1:5556", "where output and events are published, likewise; `none`: nowhere",
+        check=_check_pub_endpoint)
+    agent_dir: str = _setting(
+        "", "working directory of agents whose request names none", shown="where `serve` was started")
+    max_agents: int = _setting(100, "how many agents may be alive at once", "agents", 1, 65536)
+    status_update_interval_secs: float = _setting(
+        10.0, "time between heartbeats of the server and its agents", "seconds", 0.1, DAY)
+    request_timeout_secs: float = _setting(
+        30.0, "how long a request is held while a part of the server is started again", "seconds", 0.1, DAY)
+    shutdown_timeout_secs: float = _setting(
+        20.0, "bound of a graceful end; agents left then are killed", "seconds", 0, DAY)
+    message_bytes: int = _setting(10 * MIB, "longest request and reply", "bytes", 64 * KIB, 10 * MIB)
+    output_cap_bytes: int = _setting(
+        64 * MIB, "output kept per agent, index included; the oldest goes first", "bytes", 64 * KIB, MIB ** 2)
+    history_agents: int = _setting(1000, "how many finished agents are kept", "agents", 0, 1_000_000)
+    history_secs: float = _setting(7 * DAY, "how long finished agents are kept", "seconds", 0, _MOST_SECS)
+    stdin_buffer_bytes: int = _setting(
+        MIB, "input accepted for an agent that does not read it yet", "bytes", 4 * KIB, 64 * MIB)
+    grace_secs: float = _setting(10.0, "time between SIGTERM and SIGKILL, unless a request says", "seconds", 0, DAY)
+    finish_secs: float = _setting(
+        2.0, "time for a backend's own way to finish, before SIGTERM", "seconds", 0, 3600)
+    drain_secs: float = _setting(
+        0.2, "how long output is still read when an agent ended and others hold its pipe", "seconds", 0, 60)
+    runtime_secs: float = _setting(
+        0.0, "longest run of an agent whose request sets no limit; 0: no limit", "seconds", 0, _MOST_SECS)
+    events_kept: int = _setting(100_000, "how many events are kept for replay", "events", 100, 10_000_000)
+    requests_kept: int = _setting(
+        100_000, "how many answered request ids are remembered", "requests", 100, 10_000_000)
+    backlog_bytes: int = _setting(
+        4 * MIB, "events queued for a local subscriber that does not read", "bytes", 64 * KIB, 1024 * MIB)
+    log_bytes: int = _setting(
+        MIB, "size at which a log of the server's own is rotated", "bytes", 4 * KIB, 1024 * MIB)
+    pass_environment: Tuple[str, ...] = _setting(
+        (), "variables of the server that agents get too, besides the base environment; `NAME` or `PREFIX_*`, "
+            "separated by blanks or commas", check=_check_names)
+    #: `[backend NAME]` sections: key -> value, and under "where" key -> place in the file; "" is the header's
+    backends: Dict[str, Dict[str, Any]] = field(default_factory=dict, repr=False, hash=False)
+
+    def __post_init__(self) -> None:
+        for setting in SETTINGS:
+            object.__setattr__(self, setting.name, setting.checked(getattr(self, setting.name)))
+        if self.endpoint == self.pub_endpoint and not self.endpoint.endswith(":0"):
+            raise ConfigError(f"endpoint and pub_endpoint are both {self.endpoint}; give each its own")
+        for name, section in self.backends.items():
+            check_backend_keys(name, section)
+
+    def resolved(self, cwd: str) -> ServerConfig:
+        """Return the settings without what depends on where we are: absolute paths, `~` expanded, a server id."""
+        def absolute(path: str) -> str:
+            return os.path.normpath(os.path.join(cwd, os.path.expanduser(path)))
+
+        def bound(endpoint: str) -> str:
+            return "ipc://" + absolute(endpoint[6:]) if endpoint.startswith("ipc://") else endpoint
+
+        return replace(self, state_dir=absolute(self.state_dir or default_state_dir(os.environ)),
+                       agent_dir=absolute(self.agent_dir), server_id=self.server_id or os.uname().nodename,
+                       endpoint=bound(self.endpoint), pub_endpoint=bound(self.pub_endpoint))
+
+    def to_json(self) -> Dict[str, Any]:
+        """Return the settings as a JSON object, backends and their secrets included: for our own processes only."""
+        return {**{s.name: getattr(self, s.name) for s in SETTINGS},
+                "pass_environment": list(self.pass_environment), "backends": self.backends}
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any]) -> ServerConfig:
+        """Return what `to_json` gave; what another version wrote and this one does not know is ignored."""
+        return cls(**{f.name: obj[f.name] for f in fields(cls) if f.name in obj})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its name, its bounds, and how it is read from text."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    unit: str
+    least: Optional[float]
+    most: Optional[float]
+    check: Optional[Check]
+    shown: str
+
+    @property
+    def flag(self) -> str:
+        """The flag of `serve`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return "AGENTSERVER_" + self.name.upper()
+
+    @property
+    def shown_default(self) -> str:
+        """The default as documentation shows it (Markdown)."""
+        return self.shown or (f"`{_plain(self.default)}`" if self.default != () else "none")
+
+    @property
+    def wanted(self) -> str:
+        """What a value has to be, in words."""
+        kind = {int: "a whole number", float: "a number", str: "text", tuple: "a list of names"}[self.type]
+        if self.least is None or self.most is None:
+            return kind
+        return f"{kind} of {self.unit} from {_plain(self.least)} to {_plain(self.most)}"
+
+    def parse(self, text: str) -> Any:
+        """Return the value that `text` stands for, or raise `ConfigError`."""
+        try:
+            return self.checked(_PARSERS[self.type](text))
+        except ValueError:
+            raise self._wrong(text) from None
+
+    def checked(self, value: Any) -> Any:
+        """Return a value in its plain type, or raise `ConfigError` if it has the wrong one or is out of bounds."""
+        value = _plain_type(value, self.type)
+        if not self._fits(value):
+            raise self._wrong(value)
+        if isinstance(value, str):
+            _check_text(value, self.name)
+        return self.check(value, self.name) if self.check else value
+
+    def _fits(self, value: Any) -> bool:
+        right_type = isinstance(value, self.type) and not isinstance(value, bool)
+        return right_type and (self.least is None or self.most is None or self.least <= value <= self.most)
+
+    def _wrong(self, value: Any) -> ConfigError:
+        return ConfigError(f"{self.name} must be {self.wanted}, not {_shown(value)}")
+
+
+def _plain_type(value: Any, wanted: type) -> Any:
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is tuple and isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    return value
+
+
+def _plain(number: Any) -> str:
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number)
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text.strip()):
+        raise ValueError
+    return int(text)
+
+
+def _number(text: str) -> float:
+    if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text.strip(), re.IGNORECASE):
+        raise ValueError
+    return float(text)
+
+
+def _name_list(text: str) -> Tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
+_PARSERS: Dict[type, Callable[[str], Any]] = {int: _whole, float: _number, str: str, tuple: _name_list}
+
+SETTINGS: Tuple[Setting, ...] = tuple(
+    Setting(name=f.name, type=type(f.default), default=f.default, **f.metadata)
+    for f in fields(ServerConfig) if f.metadata)
+_BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+def default_state_dir(environ: Mapping[str, str]) -> str:
+    """Return where state lives when nobody says (XDG Base Directory: a relative XDG_STATE_HOME is ignored)."""
+    base = environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(base):
+        home = environ.get("HOME") or os.path.expanduser("~")
+        if not os.path.isabs(home):
+            raise ConfigError("there is no home directory to keep state in; name a directory with --state-dir")
+        base = os.path.join(home, ".local", "state")
+    return os.path.join(base, "agentserver")
+
+
+def check_backend_keys(name: str, section: Mapping[str, Any]) -> None:
+    """Refuse a backend name that cannot be asked for, and keys that mean nothing."""
+    where = section.get("where", {})
+    if not re.fullmatch(r"\S{1,128}", name) or not name.isprintable():
+        raise ConfigError(_at(where.get(""), f"a backend needs a name without blanks, not {_shown(name)}"))
+    for key in section:
+        known = key == "where" or key in BACKEND_KEYS or any(
+            key.startswith(prefix) and key != prefix for prefix in BACKEND_KEY_PREFIXES)
+        if not known:
+            words = list(BACKEND_KEYS) + [prefix + "NAME" for prefix in BACKEND_KEY_PREFIXES]
+            raise ConfigError(_at(where.get(key), f"[backend {name}] has no key {_shown(key)}; "
+                                                  + _did_you_mean(key, words)))
+
+
+def _at(place: Optional[str], sentence: str) -> str:
+    return f"{place}: {sentence}" if place else sentence
+
+
+# ---------------------------------------------------------------- from file, environment and flags
+
+def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Optional[str]) -> ServerConfig:
+    """Return the settings: defaults < `file` < AGENTSERVER_… in `environ` < `flags` (setting name -> text)."""
+    texts: Dict[str, Tuple[str, str]] = {}   # setting -> (text, where it stands)
+    backends: Dict[str, Dict[str, Any]] = {}
+    if file is not None:
+        texts, backends = _from_file(file)
+    texts.update(_from_environment(environ))
+    texts.update(_from_flags(flags))
+    values = {name: _parsed(_BY_NAME[name], text, place) for name, (text, place) in texts.items()}
+    values["state_dir"] = values.get("state_dir") or default_state_dir(environ)
+    for name, section in backends.items():
+        check_backend_keys(name, section)
+    try:
+        return ServerConfig(backends=backends, **values)
+    except ConfigError as e:  # each value is right, so the endpoints do not fit together: say where one was given
+        places = [texts[name][1] for name in ("pub_endpoint", "endpoint") if name in texts]
+        raise ConfigError(_at(next(iter(places), None), str(e))) from None
+
+
+def _parsed(setting: Setting, text: str, place: str) -> Any:
+    try:
+        return setting.parse(text)
+    except ConfigError as e:
+        raise ConfigError(f"{place}: {e}") from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> Dict[str, Tuple[str, str]]:
+    """Read our variables; an empty one counts as absent.
+
+    A misspelt setting is told. Others with our prefix are left alone: container platforms make up variables like
+    AGENTSERVER_PORT for a service of this name, and they must not keep the server from starting.
+    """
+    found = {}
+    for variable in sorted(environ):
+        if not variable.startswith("AGENTSERVER_") or variable in NOT_SETTINGS or not environ[variable]:
+            continue
+        name = variable[len("AGENTSERVER_"):].lower()
+        nearest = name if name in _BY_NAME else _nearest(name, list(_BY_NAME), 0.75)
+        if nearest and _BY_NAME[nearest].variable != variable:
+            raise ConfigError(f"{variable} is no setting; did you mean {_BY_NAME[nearest].variable}?")
+        if nearest:
+            found[name] = (environ[variable], variable)
+    return found
+
+
+def _from_flags(flags: Mapping[str, str]) -> Dict[str, Tuple[str, str]]:
+    found = {}
+    for name, text in flags.items():
+        if name not in _BY_NAME:
+            raise ConfigError(f"--{name.replace('_', '-')} is no setting; " + _did_you_mean(name, list(_BY_NAME)))
+        found[name] = (text, _BY_NAME[name].flag)
+    return found
+
+
+def _from_file(path: str) -> Tuple[Dict[str, Tuple[str, str]], Dict[str, Dict[str, Any]]]:
+    texts: Dict[str, Tuple[str, str]] = {}
+    backends: Dict[str, Dict[str, Any]] = {}
+    for title, header_place, entries in _sections(path):
+        words = title.split()
+        if words == ["server"]:
+            texts = _server_section(entries)
+        elif len(words) == 2 and words[0] == "backend":
+            backends[words[1]] = {key: text for key, (text, _) in entries.items()}
+            backends[words[1]]["where"] = {"": header_place, **{key: place for key, (_, place) in entries.items()}}
+        else:
+            raise ConfigError(f"{header_place}: there is no section [{title}]; settings stand in [server], "
+                              "and each backend in a [backend NAME] of its own")
+    return texts, backends
+
+
+def _server_section(entries: Dict[str, Tuple[str, str]]) -> Dict[str, Tuple[str, str]]:
+    for key, (_, place) in entries.items():
+        if key not in _BY_NAME:
+            raise ConfigError(f"{place}: {_shown(key)} is no setting; " + _did_you_mean(key, list(_BY_NAME)))
+    return entries
+
+
+# ---------------------------------------------------------------- INI
+
+Section = Tuple[str, str, Dict[str, Tuple[str, str]]]   # title, place, key -> (value, place)
+
+
+def _sections(path: str) -> List[Section]:
+    """Return the sections of an INI file: `key = value`, deeper lines continue a value, `#` and `;` begin comments."""
+    sections: List[Section] = []
+    key, indent = "", 0
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        place, stripped = f"{path}, line {number}", line.strip()
+        depth = len(line) - len(line.lstrip())
+        if stripped[:1] in ("#", ";"):
+            continue
+        if key and (not stripped or depth > indent):
+            value, first = sections[-1][2][key]
+            sections[-1][2][key] = (value + "\n" + stripped, first)
+        elif stripped.startswith("["):
+            sections.append((_title(stripped, place, sections), place, {}))
+            key = ""
+        elif stripped:
+            key, indent = _entry(stripped, place, sections), depth
+    return [(title, place, {key: (value.rstrip(), at) for key, (value, at) in entries.items()})
+            for title, place, entries in sections]
+
+
+def _title(line: str, place: str, sections: List[Section]) -> str:
+    title = " ".join(line[1:-1].split())
+    if not line.endswith("]"):
+        raise ConfigError(f"{place}: the section header {_shown(line)} has no closing ]")
+    for other, first, _ in sections:
+        if other == title:
+            raise ConfigError(f"{place}: section [{title}] is there twice, first in {first}; make them one")
+    return title
+
+
+def _entry(line: str, place: str, sections: List[Section]) -> str:
+    """Add `key = value` to the last section and return the key. No sentence shows a value: it may be a secret."""
+    key, equals, value = line.partition("=")
+    key = key.strip()
+    if not sections:
+        raise ConfigError(f"{place}: nothing may stand before the first section; begin with [server]")
+    if not equals or not key:
+        raise ConfigError(f"{place}: this is neither [section] nor name = value")
+    entries = sections[-1][2]
+    if key in entries:
+        raise ConfigError(f"{place}: {_shown(key)} is set twice, first in {entries[key][1]}; keep one")
+    entries[key] = (value.strip(), place)
+    return key
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(MAX_FILE + 1)
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else str(e)
+        raise ConfigError(f"the configuration file {path} cannot be read: {reason}") from None
+    if len(raw) > MAX_FILE:
+        raise ConfigError(f"the configuration file {path} is larger than {MAX_FILE} bytes")
+    try:
+        text, bad = raw.decode("utf-8-sig"), raw.find(b"\0")
+    except UnicodeDecodeError as e:
+        text, bad = "", e.start
+    if bad >= 0:
+        line = raw[:bad].count(b"\n") + 1
+        raise ConfigError(f"{path}, line {line}: there is a byte that is not UTF-8 text; save the file as UTF-8")
+    return text
+
+
+# ---------------------------------------------------------------- documentation
+
+def settings_table() -> str:
+    """Return all settings as a Markdown table, as docs/configuration.md shows it."""
+    rows = ["| setting | unit | from | to | default | meaning |", "| --- | --- | --- | --- | --- | --- |"]
+    for s in SETTINGS:
+        bounds = ["" if bound is None else _plain(bound) for bound in (s.least, s.most)]
+        rows.append(f"| `{s.name}` | {s.unit} | {bounds[0]} | {bounds[1]} | {s.shown_default} | {s.help} |")
+    return "\n".join(rows) + "\n"

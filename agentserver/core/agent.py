@@ -1,0 +1,127 @@
+"""What is known of one agent: the record that is stored, listed and given back.
+
+Owns:    the fields of a record, their form on disk and on the wire, and moving its status by the table.
+Runs in: the core's thread.
+Unaware: of processes and policy. What exists only while a process does is a `Run` (run.py).
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..messages import Json, encode_text, rfc3339
+from . import lifecycle
+from .output import OutputLog
+
+if TYPE_CHECKING:
+    from .run import Run
+
+#: fields of a record as they are stored; anything else in a stored record is kept in `unknown`
+STORED = ("name", "model_backend", "task", "command", "cwd", "stdin", "finish", "grace_secs", "runtime_secs",
+          "labels", "metadata", "status", "want", "attempt", "pid", "start", "boot", "created_at", "started_at",
+          "finished_at", "paused_at", "pause_mode", "exit")
+
+
+class Agent:
+    """One agent, from spawn until it is forgotten. Times are seconds since the epoch, None if they have not come."""
+
+    __slots__ = ("_json", "_spans", "cursors", "id", "output", "reported", "run", "unknown", *STORED)
+
+    name: str
+    model_backend: str
+    task: str
+    command: list[str]
+    cwd: str
+    stdin: str
+    finish: str
+    grace_secs: float
+    runtime_secs: float
+    labels: dict[str, str]
+    metadata: Json
+    status: str
+    want: str            # up, down or restart
+    attempt: int
+    pid: int | None
+    start: int | None    # with `boot` and `pid` the identity of the leader
+    boot: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    paused_at: float | None
+    pause_mode: str | None
+    exit: Json | None
+
+    def __init__(self, agent_id: str, output: OutputLog, record: Json) -> None:
+        self.id, self.output = agent_id, output
+        self.run: Run | None = None
+        self.cursors: dict[str, int] = {}  # for readers that name no offset
+        self.reported = 0                  # bytes of output that a heartbeat has told of
+        self.unknown = {key: value for key, value in record.items() if key not in STORED}
+        self._json, self._spans = "", ((0, 0), (0, 0))
+        for key in STORED:
+            setattr(self, key, record[key])
+
+    def record(self) -> Json:
+        """Return what is stored, with the fields that another version wrote."""
+        return {**self.unknown, **{key: getattr(self, key) for key in STORED}}
+
+    # ------------------------------------------------------------ status
+
+    def step(self, given: str) -> str:
+        """Move along the table; return the status before. Raises `lifecycle.InvalidTransition`."""
+        before, self.status = self.status, lifecycle.step(self.status, given)
+        self.changed()
+        return before
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process of it exists."""
+        return self.status in lifecycle.ALIVE
+
+    @property
+    def terminal(self) -> bool:
+        """Whether it has ended, until it is restarted."""
+        return self.status in lifecycle.TERMINAL
+
+    def changed(self) -> None:
+        """Forget the listed form, after any change of a field."""
+        self._json = ""
+
+    # ------------------------------------------------------------ on the wire
+
+    def info(self) -> Json:
+        """Return the agent as the protocol's AgentInfo."""
+        first, second = self._output_spans()
+        return {
+            "id": self.id, "name": self.name, "status": self.status, "model_backend": self.model_backend,
+            "started_at": _stamp(self.started_at), "task": self.task, "paused_at": _stamp(self.paused_at),
+            "pause_mode": self.pause_mode, "attach_info": None, "want": self.want, "pid": self.pid,
+            "attempt": self.attempt, "created_at": _stamp(self.created_at), "finished_at": _stamp(self.finished_at),
+            "exit": self.exit, "labels": self.labels, "metadata": self.metadata, "command": self.command,
+            "cwd": self.cwd, "stdin": self.stdin, "activity": None,
+            "output": {"stdout": {"first_offset": first[0], "end_offset": first[1]},
+                       "stderr": {"first_offset": second[0], "end_offset": second[1]}}}
+
+    def info_json(self) -> str:
+        """Return `info` as JSON text, from memory while nothing has changed: lists are asked for often."""
+        spans = self._output_spans()
+        if not self._json or self._spans != spans:
+            self._json, self._spans = encode_text(self.info()), spans
+        return self._json
+
+    def _output_spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return self.output.span("stdout"), self.output.span("stderr")
+
+    def label(self) -> str:
+        """Return what a sentence calls it."""
+        return f"agent {self.name!r} ({self.id[:8]})" if self.name else f"agent {self.id}"
+
+
+def _stamp(unix: float | None) -> str | None:
+    return None if unix is None else rfc3339(unix)
+
+
+def new_record(**known: Any) -> Json:
+    """Return the record of an agent that was just asked for."""
+    record: Json = {key: None for key in STORED}
+    record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", **known})
+    return record

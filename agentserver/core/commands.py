@@ -1,0 +1,191 @@
+"""What can be asked of one agent: each command, its payload, its data.
+
+Owns:    the table of commands, and the form of what they give back.
+Runs in: the core's thread.
+Unaware: of requests, replies and request ids; the same command runs alone and in a batch.
+"""
+from __future__ import annotations
+
+import base64
+from typing import Any, Callable
+
+from .. import messages as m
+from ..errors import RequestError
+from ..messages import Json
+from . import process, tree
+from .agent import Agent
+from .feed import Subscriber
+from .run import STREAMS, whole_characters
+from .supervisor import Supervisor
+
+#: commands that do something, and are therefore done once per request id
+EFFECTS = frozenset(("pause", "resume", "stop", "kill", "restart", "write_stdin", "close_stdin", "signal", "resize",
+                     "remove"))
+
+
+class Commands:
+    """See the module."""
+
+    def __init__(self, supervisor: Supervisor, facts: Callable[[], Json]) -> None:
+        self._supervisor, self._facts = supervisor, facts
+        self._table: dict[str, Callable[[Agent, Any, str], Json]] = {
+            "pause": self._pause, "resume": self._resume, "stop": self._stop, "kill": self._kill,
+            "restart": self._restart, "get_status": self._get_status, "inspect": self._inspect,
+            "write_stdin": self._write_stdin, "close_stdin": self._close_stdin,
+            "read_stdout": lambda agent, payload, by: self._read(agent, payload, "stdout"),
+            "read_stderr": lambda agent, payload, by: self._read(agent, payload, "stderr"),
+            "signal": self._signal, "resize": self._resize,
+            "custom_action": lambda agent, payload, by: self.act(agent, payload.action, payload.params),
+            "stream_logs": self._stream_logs, "remove": self._remove}
+
+    def check(self, command: str, payload: Json) -> Any:
+        """Return the payload as its dataclass, or refuse an unknown command or a wrong payload."""
+        cls = m.COMMANDS.get(command)
+        if cls is None:
+            raise RequestError(f"there is no command {command[:64]!r}; there are " + ", ".join(m.COMMANDS),
+                               "unknown_command")
+        return m.read(cls, payload, "payload")
+
+    def run(self, agent: Agent, command: str, payload: Json, by: str) -> Json:
+        """Run one command on one agent and return its data."""
+        return self._table[command](agent, self.check(command, payload), by)
+
+    # ------------------------------------------------------------ control
+
+    def _pause(self, agent: Agent, payload: m.PausePayload, by: str) -> Json:
+        return {"paused": True, "mode": self._supervisor.pause(agent)}
+
+    def _resume(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+        self._supervisor.resume(agent)
+        return {"resumed": True}
+
+    def _stop(self, agent: Agent, payload: m.StopPayload, by: str) -> Json:
+        self._supervisor.stop(agent, by, payload.grace_secs)
+        return {"stopping": True}
+
+    def _kill(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+        self._supervisor.kill(agent, by)
+        return {"killing": True}
+
+    def _restart(self, agent: Agent, payload: m.StopPayload, by: str) -> Json:
+        return {"attempt": self._supervisor.restart(agent, by, payload.grace_secs)}
+
+    def _signal(self, agent: Agent, payload: m.SignalPayload, by: str) -> Json:
+        number = process.signal_number(payload.signal)
+        self._supervisor.signal(agent, number, by)
+        return {"signal_sent": process.signal_name(number)}
+
+    def _resize(self, agent: Agent, payload: m.ResizePayload, by: str) -> Json:
+        raise RequestError(f"{agent.label()} does not run on a terminal (stdin is {agent.stdin})", "invalid_state")
+
+    def _remove(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+        self._supervisor.remove(agent)
+        return {"removed": True}
+
+    # ------------------------------------------------------------ seeing
+
+    def _get_status(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+        return {"status": agent.status}
+
+    def _inspect(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+        spec = self._supervisor.registry.spec(agent.id)
+        spec["environment"] = {name: "(hidden)" for name in spec.get("environment") or {}}
+        members = self._supervisor.family.members([agent])[agent.id] if agent.alive else []
+        return {"agent_info": agent.info(), "spec": spec,
+                "attempts": self._supervisor.registry.attempts(agent.id),
+                "tree": [_process(proc.pid) for proc in members],
+                "resources": tree.usage(agent.pid) if agent.pid else {},
+                "disk_bytes": agent.output.disk_bytes()}
+
+    def _stream_logs(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+        endpoint = self._facts()["metadata"]["pub_endpoint"]
+        return {"pub_endpoint": endpoint, "topic": f"{agent.id}.", "enabled": bool(endpoint), "offsets": {
+            stream: self._standing(agent, stream) for stream in STREAMS}}
+
+    def act(self, agent: Agent, action: str, params: Any) -> Json:
+        """Run a custom action."""
+        if action == "ping":
+            return {"pong": True}
+        if action == "echo":
+            return {"echo": params}
+        if action == "get_env":
+            spec = m.read(m.AgentConfig, self._supervisor.registry.spec(agent.id), "config")
+            return {"names": self._supervisor.environment_names(spec)}
+        raise RequestError(f"there is no action {action!r}; there are ping, echo, get_env", "unknown_command")
+
+    # ------------------------------------------------------------ streams
+
+    def _write_stdin(self, agent: Agent, payload: m.WriteStdinPayload, by: str) -> Json:
+        data = _stdin_bytes(payload)
+        run = agent.run if agent.alive else None
+        if agent.stdin == "null":
+            raise RequestError(f"{agent.label()} was spawned with stdin=null; spawn it with stdin=pipe to write to it",
+                               "stdin_closed")
+        if run is None:
+            raise RequestError(f"{agent.label()} is {agent.status}; nothing can be written to it", "stdin_closed")
+        buffered = run.write(data)
+        if payload.eof:
+            run.close_stdin()
+        return {"bytes_written": len(data), "buffered": buffered}
+
+    def _close_stdin(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+        if agent.run is None or not agent.alive or agent.stdin == "null":
+            raise RequestError(f"{agent.label()} has no open stdin", "stdin_closed")
+        agent.run.close_stdin()
+        return {"closed": True}
+
+    def _read(self, agent: Agent, payload: m.ReadPayload, stream: str) -> Json:
+        offset = payload.offset
+        if payload.since is not None:
+            offset = agent.output.offset_at(stream, m.from_rfc3339(payload.since, "since"))
+        got = agent.output.read(stream, agent.cursors.get(stream, 0) if offset is None else offset, payload.max_bytes)
+        over = agent.run is None or not agent.run.is_open(stream)
+        data, end = got.data, agent.output.span(stream)[1]
+        if not (over and got.next_offset == end):
+            data = data[:whole_characters(data)]
+        next_offset = got.offset + len(data)
+        if offset is None:
+            agent.cursors[stream] = next_offset
+        text, encoding = m.wire_text(data)
+        reply: Json = {"data": text if data else None, "encoding": encoding, "bytes": len(data), "offset": got.offset,
+                       "next_offset": next_offset, "first_offset": got.first_offset, "dropped": got.dropped,
+                       "eof": over and next_offset >= end}
+        if not data:
+            reply["message"] = "the stream has ended" if reply["eof"] else "nothing new"
+        if payload.times:
+            reply["times"] = [[m.rfc3339(at), stop] for at, stop in agent.output.times(stream, got.offset, next_offset)]
+        return reply
+
+    def _standing(self, agent: Agent, stream: str) -> int:
+        if agent.run is not None and agent.run.is_open(stream):
+            return agent.run.shown(stream)
+        return agent.output.span(stream)[1]
+
+    def announce(self, topic: str, subscriber: Subscriber) -> None:
+        """Tell a new subscriber of one stream where it stands, so that it knows what to read first."""
+        agent_id, _, stream = topic.rpartition(".")
+        agent = self._supervisor.agents.get(agent_id)
+        if agent is not None and stream in STREAMS:
+            over = agent.run is None or not agent.run.is_open(stream)
+            self._supervisor.feed.output(agent.id, stream, b"", self._standing(agent, stream), over, only=subscriber)
+
+
+def _process(pid: int) -> Json:
+    proc = tree.look(pid)
+    return {"pid": pid, "ppid": proc.parent if proc else None, "state": proc.state if proc else None,
+            "command": tree.command_of(pid)}
+
+
+def _stdin_bytes(payload: m.WriteStdinPayload) -> bytes:
+    if isinstance(payload.data, bytes):
+        return payload.data
+    if payload.encoding == "base64":
+        try:
+            return base64.b64decode(payload.data, validate=True)
+        except ValueError as e:
+            raise RequestError(f"payload.data is not base64: {e}") from None
+    try:
+        return str(payload.data).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise RequestError("payload.data contains a lone surrogate, which is no text that can be written; "
+                           "send it as base64") from None

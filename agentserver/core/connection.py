@@ -1,0 +1,182 @@
+"""One connection to the core's socket: bytes in, replies and events out.
+
+Owns:    its socket, its framing, what waits to be handled and what waits to be sent.
+Runs in: the core's thread; nothing here blocks.
+Unaware: of what requests mean; they go through `Desk.handle`.
+
+A peer that does not read its replies is not read from any more; one that does not read its events
+loses some (they are hints). So no peer can make us hold more than a bounded amount for it.
+"""
+from __future__ import annotations
+
+import json
+import socket
+from collections import deque
+from typing import Deque, Protocol
+
+from ..messages import MAX_WIRE, Json
+from . import framing
+from .control import Peer
+from .reactor import READ, WRITE, Reactor
+
+PIECE = 128 * 1024            # bytes read at once
+PER_TURN = 64                 # requests of one connection in one turn, so that others get theirs
+UNSENT_MOST = 16 * 1024 * 1024  # bytes of replies that may wait before we stop reading
+
+
+class Desk(Protocol):
+    """What a connection needs from the service."""
+
+    reactor: Reactor
+    backlog_bytes: int
+    message_bytes: int
+
+    def handle(self, raw: bytes | None, peer: Peer) -> bytes:
+        """Return the reply to one message."""
+
+    def hello(self, facts: Json) -> None:
+        """A shell said who it is."""
+
+    def dirty(self, connection: "Connection") -> None:
+        """This connection has something to send at the end of the turn."""
+
+    def gone(self, connection: "Connection") -> None:
+        """This connection is closed."""
+
+
+class Connection:
+    """See the module. `topics` and `push` make it a `feed.Subscriber`."""
+
+    __slots__ = ("_desk", "_eof", "_frames", "_inbox", "_lines", "_out", "_peers", "_sock", "_unsent", "_watch",
+                 "dropped", "name", "shell", "topics")
+
+    def __init__(self, sock: socket.socket, name: str, desk: Desk) -> None:
+        self._sock, self.name, self._desk = sock, name, desk
+        self._lines: framing.LineDecoder | None = framing.LineDecoder(desk.message_bytes)
+        self._frames = framing.FrameDecoder(MAX_WIRE)
+        self._inbox: Deque[tuple[int, bytes, bytes | None]] = deque()
+        self._out: Deque[memoryview | bytes] = deque()
+        self._unsent = 0
+        self._eof = False    # the peer sends nothing more; it may still want its replies
+        self._peers: dict[bytes, Peer] = {}
+        self.topics: tuple[str, ...] = ()
+        self.dropped = 0     # events that this peer was too slow for
+        self.shell: Json | None = None
+        self._watch = desk.reactor.watch(sock.fileno(), READ, self._ready)
+
+    # ------------------------------------------------------------ in
+
+    def _ready(self, mask: int) -> None:
+        if mask & WRITE:
+            self.send_now()
+        if mask & READ:
+            try:
+                data = self._sock.recv(PIECE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            try:
+                self._take(data)
+            except (framing.FramingError, ValueError):  # a stream that makes no sense any more
+                self.close()
+                return
+            self._eof = not data
+            self.work()
+
+    def _take(self, data: bytes) -> None:
+        """Cut messages from what arrived."""
+        if self._lines is not None:
+            if data.startswith(framing.PREFACE) and not self._inbox:
+                self._lines, data = None, data[len(framing.PREFACE):]
+            else:
+                self._inbox.extend((0, b"", line) for line in self._lines.feed(data))
+                return
+        for tag, header, body in self._frames.feed(data):
+            if tag == 0:
+                self.shell = dict(json.loads(header))
+                self._desk.hello(self.shell)
+            else:
+                self._inbox.append((tag, header, body))
+
+    def work(self) -> None:
+        """Handle what waits, a bounded number at once; the rest has its turn in the next turn."""
+        for _ in range(PER_TURN):
+            if not self._inbox or self._unsent > UNSENT_MOST:
+                break
+            tag, header, body = self._inbox.popleft()
+            reply = self._desk.handle(body, self._peer(header))
+            self._send(reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply))
+        self._desk.dirty(self)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether requests wait that could be handled now."""
+        return bool(self._inbox) and self._unsent <= UNSENT_MOST
+
+    def _peer(self, header: bytes) -> Peer:
+        """Return who asks: this connection's own user, or whom the shell names beside the message."""
+        peer = self._peers.get(header)
+        if peer is None:
+            name = str(json.loads(header).get("name") or self.name) if header else self.name
+            may_listen = self._lines is not None or (self.shell or {}).get("role") == "monitor"
+            peer = Peer(name, self if may_listen else None)
+            if len(self._peers) < 1000:
+                self._peers[header] = peer
+        return peer
+
+    # ------------------------------------------------------------ out
+
+    def push(self, topic: bytes, body: bytes) -> None:
+        """Queue one event, or drop it when too much waits already."""
+        if self._unsent > self._desk.backlog_bytes:
+            self.dropped += 1
+            return
+        self._send(body + b"\n" if self._lines is not None else framing.frame(0, topic, body))
+        self._desk.dirty(self)
+
+    def _send(self, data: bytes) -> None:
+        self._out.append(data)
+        self._unsent += len(data)
+
+    def send_now(self) -> None:
+        """Send what waits, as far as the peer takes it."""
+        try:
+            while self._out:
+                piece = self._out[0] if len(self._out) == 1 else self._joined()
+                sent = self._sock.send(piece)
+                self._unsent -= sent
+                if sent < len(piece):
+                    self._out[0] = memoryview(piece)[sent:]
+                    break
+                self._out.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+            return
+        if self._eof and not self._out and not self._inbox:
+            self.close()
+            return
+        reading = READ if not self._eof and self._unsent <= UNSENT_MOST and len(self._inbox) < PER_TURN else 0
+        self._desk.reactor.change(self._watch, reading | (WRITE if self._out else 0))
+
+    def _joined(self) -> memoryview | bytes:
+        """Put small pieces together: one system call for many replies or events."""
+        pieces, size = [self._out.popleft()], 0
+        size = len(pieces[0])
+        while self._out and size + len(self._out[0]) <= PIECE:
+            size += len(self._out[0])
+            pieces.append(self._out.popleft())
+        joined = b"".join(pieces) if len(pieces) > 1 else pieces[0]
+        self._out.appendleft(joined)
+        return joined
+
+    def close(self) -> None:
+        """Close the connection; what was asked is done, whoever is told."""
+        if self._watch.active:
+            self._desk.reactor.unwatch(self._watch)
+            self._sock.close()
+            self._out.clear()
+            self._inbox.clear()
+            self._desk.gone(self)

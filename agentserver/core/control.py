@@ -1,0 +1,245 @@
+"""From a request to its reply: decode, dispatch, do once, encode.
+
+Owns:    the door. `handle` always answers and never raises, whatever it is given.
+Runs in: the core's thread; nothing here waits.
+Unaware: of sockets and framing; `peer` says who asks and, on local links, whom to push events to.
+
+A request that does something is done once: its reply is remembered with a digest of its content,
+under its `request_id`, in the same transaction as the deed. Refusals that changed nothing are not.
+"""
+from __future__ import annotations
+
+import hashlib
+import traceback
+from typing import Any, Callable, NamedTuple
+
+from .. import messages as m
+from ..errors import AgentServerError, RequestError
+from ..messages import Json
+from . import lifecycle
+from .commands import EFFECTS, Commands
+from .feed import Subscriber
+from .supervisor import Supervisor
+
+
+class Peer(NamedTuple):
+    """Who asks. `subscriber` is set on links that can be sent events."""
+
+    name: str
+    subscriber: Subscriber | None = None
+
+
+class Control:
+    """See the module. `facts` returns what a health check tells of the server as a whole."""
+
+    def __init__(self, supervisor: Supervisor, facts: Callable[[], Json], stats: Callable[[], Json],
+                 on_shutdown: Callable[[m.ShutdownRequest, Peer], None], limit: int,
+                 say: Callable[[str], None]) -> None:
+        self._supervisor, self._facts, self._stats = supervisor, facts, stats
+        self._on_shutdown, self._limit, self._say = on_shutdown, limit, say
+        self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
+        self._commands = Commands(supervisor, facts)
+        self._handlers: dict[str, Callable[[Any, Json, Peer], Json | bytes]] = {
+            "health_check_request": self._health, "stats_request": self._statistics,
+            "spawn_request": self._spawn, "list_agents_request": self._list,
+            "control_command": self._command, "custom_action_request": self._custom_action,
+            "batch_control_command": self._batch, "events_request": self._events,
+            "subscribe_request": self._subscribe, "shutdown_request": self._shutdown}
+
+    # ------------------------------------------------------------ the door
+
+    def handle(self, raw: bytes | None, peer: Peer) -> bytes:
+        """Return the reply to one message; `None` stands for one that was too long to be kept."""
+        self._count("requests")
+        reply_type, request_id, obj = "error_response", None, None
+        try:
+            if raw is None:
+                raise RequestError(f"the message has more than {self._limit} bytes; send less at once",
+                                   "message_too_large")
+            obj = m.decode(raw, self._limit)
+            cls = m.REQUESTS.get(obj["type"]) if isinstance(obj.get("type"), str) else None
+            if cls is not None:
+                reply_type = cls.reply
+            request_id = _readable_id(obj)
+            if cls is None:
+                raise _unknown_type(obj)
+            m.read_request_id(obj)
+            reply = self._once(cls, obj, peer)
+        except AgentServerError as e:
+            reply = _failure(reply_type, request_id, str(e), e.code)
+        except Exception:
+            self._say("a request failed inside: " + traceback.format_exc())
+            reply = _failure(reply_type, request_id, "something failed inside the server; its core.log says what",
+                             "internal")
+        if len(reply) > self._limit:
+            reply = _failure(reply_type, request_id, f"the reply would have {len(reply)} bytes and at most "
+                             f"{self._limit} are allowed; ask for less at once", "message_too_large")
+        if b'"success":false' in reply[:300]:
+            self._failed(obj)
+        return reply
+
+    def _failed(self, obj: Json | None) -> None:
+        self._count("errors")
+        if obj is not None and obj.get("type") == "spawn_request":
+            self._count("failed_spawns")
+
+    def _once(self, cls: Any, obj: Json, peer: Peer) -> bytes:
+        """Do what is asked, or repeat the reply if it was done."""
+        if not _has_effect(obj):
+            return self._do(cls, obj, peer)[0]
+        request_id, digest = obj["request_id"], hashlib.sha256(m.canonical(obj)).digest()
+        before = self._registry.recall(request_id)
+        if before is not None:
+            if before.digest != digest:
+                raise RequestError("this request_id was used for another request; give each request one of its own",
+                                   "request_id_conflict")
+            return before.reply
+        reply, agent_id, changed = self._do(cls, obj, peer)
+        if changed:
+            self._registry.remember(request_id, digest, reply, agent_id)
+        return reply
+
+    def _do(self, cls: Any, obj: Json, peer: Peer) -> tuple[bytes, str | None, bool]:
+        """Return the reply, the agent it is remembered with, and whether anything was done."""
+        result = self._handlers[cls.type](m.read(cls, obj), obj, peer)
+        if isinstance(result, bytes):
+            return result, None, False
+        changed = result.pop("changed", True)
+        head = {"type": cls.reply, "request_id": obj["request_id"], "success": True}
+        agent_id = result["agent_info"]["id"] if cls is m.SpawnRequest else None
+        return m.encode({**head, **result}), agent_id, changed
+
+    # ------------------------------------------------------------ one request each
+
+    def _health(self, request: m.HealthCheckRequest, obj: Json, peer: Peer) -> Json:
+        self._count("health_checks")
+        return self._facts()
+
+    def _statistics(self, request: m.StatsRequest, obj: Json, peer: Peer) -> Json:
+        return {"stats": self._stats()}
+
+    def _spawn(self, request: m.SpawnRequest, obj: Json, peer: Peer) -> Json:
+        self._count("spawn_requests")
+        known = self._registry.spawned_by(obj["request_id"])
+        if known and known in self._supervisor.agents:  # we died between the deed and the reply
+            agent = self._supervisor.agents[known]
+        else:
+            agent = self._supervisor.spawn(request.config, request.metadata, obj["request_id"])
+            self._count("successful_spawns")
+        return {"agent_info": agent.info(), "server_id": self._supervisor.config.server_id}
+
+    def _list(self, request: m.ListAgentsRequest, obj: Json, peer: Peer) -> bytes:
+        self._count("list_requests")
+        wanted = request.filter_status
+        every = request.all or wanted in lifecycle.TERMINAL
+        labels = request.labels.items()
+        found = [agent for agent in self._supervisor.agents.values()
+                 if (every or not agent.terminal) and (wanted is None or agent.status == wanted)
+                 and (not labels or labels <= agent.labels.items())]
+        end = None if request.limit is None else request.offset + request.limit
+        head = m.encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "total": len(found)})
+        shown = ",".join([agent.info_json() for agent in found[request.offset:end]])
+        return b'%s,"agents":[%s]}' % (head[:-1], shown.encode("ascii"))
+
+    def _command(self, request: m.ControlCommand, obj: Json, peer: Peer) -> Json:
+        self._count("control_commands")
+        agent = self._supervisor.find(request.agent_id)
+        data = self._commands.run(agent, request.command_type, request.payload, peer.name)
+        return {"agent_id": agent.id, "status": agent.status, "data": data}
+
+    def _custom_action(self, request: m.CustomActionRequest, obj: Json, peer: Peer) -> Json:
+        self._count("control_commands")
+        agent = self._supervisor.find(request.agent_id)
+        data = self._commands.act(agent, request.action, request.params)
+        return {"agent_id": agent.id, "status": agent.status, "data": data}
+
+    def _batch(self, request: m.BatchControlCommand, obj: Json, peer: Peer) -> Json:
+        self._count("control_commands")
+        if (request.agent_ids is None) == (request.labels is None):
+            raise RequestError("give either agent_ids or labels")
+        self._commands.check(request.command_type, request.payload)
+        refs = request.agent_ids
+        if refs is None:
+            labels = (request.labels or {}).items()
+            refs = [a.id for a in self._supervisor.agents.values() if labels <= a.labels.items() and not a.terminal]
+        results: list[Json] = []
+        for ref in refs:
+            stopped = request.fail_fast and results and not results[-1]["success"]
+            results.append(_failed_in_batch(ref, _NOT_TRIED, "invalid_state") if stopped else self._one_of_batch(ref, request, peer))
+        failed = [result for result in results if not result["success"]]
+        out = {"success": not failed, "results": results, "successful": len(results) - len(failed),
+               "failed": len(failed), "changed": request.command_type in EFFECTS and len(failed) < len(results)}
+        if failed:
+            out.update(error=f"{len(failed)} of {len(results)} failed; see results",
+                       error_code=failed[0]["error_code"])
+        return out
+
+    def _one_of_batch(self, ref: str, request: m.BatchControlCommand, peer: Peer) -> Json:
+        try:
+            agent = self._supervisor.find(ref)
+            data = self._commands.run(agent, request.command_type, request.payload, peer.name)
+        except RequestError as e:
+            return _failed_in_batch(ref, str(e), e.code)
+        return {"agent_id": agent.id, "success": True, "status": agent.status, "error": None, "error_code": None,
+                "data": data}
+
+    def _events(self, request: m.EventsRequest, obj: Json, peer: Peer) -> bytes:
+        agent_id = self._supervisor.find(request.agent_id).id if request.agent_id else None
+        found = self._registry.events(request.since, request.limit + 1, agent_id)
+        more, found = len(found) > request.limit, found[:request.limit]
+        last = m.decode(found[-1].encode())["sequence"] if found else request.since
+        if not more and not agent_id:
+            last = max(last, min(request.since, self._registry.sequence))
+        head = m.encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "next": last,
+                         "first_kept": self._registry.first_kept, "more": more})
+        return b'%s,"events":[%s]}' % (head[:-1], ",".join(found).encode("ascii"))
+
+    def _subscribe(self, request: m.SubscribeRequest, obj: Json, peer: Peer) -> Json:
+        if peer.subscriber is None:
+            raise RequestError("subscribe_request is for the Unix socket; over ZeroMQ subscribe to the topic on the "
+                               "publishing endpoint that health_check_request tells")
+        new = [topic for topic in request.topics if topic not in peer.subscriber.topics]
+        self._feed.subscribe(peer.subscriber, request.topics)
+        if request.since is not None:
+            self._feed.replay(peer.subscriber, request.since)
+        for topic in dict.fromkeys([*new, *request.announce]):
+            self._commands.announce(topic, peer.subscriber)
+        return {"topics": list(peer.subscriber.topics), "sequence": self._registry.sequence}
+
+    def _shutdown(self, request: m.ShutdownRequest, obj: Json, peer: Peer) -> Json:
+        self._on_shutdown(request, peer)
+        return {"mode": request.mode, "active_agents": self._supervisor.active, "state": self._supervisor.state}
+
+
+# ---------------------------------------------------------------- pieces of replies
+
+def _has_effect(obj: Json) -> bool:
+    if obj["type"] in ("spawn_request", "shutdown_request"):
+        return True
+    return obj["type"] in ("control_command", "batch_control_command") and obj.get("command_type") in EFFECTS
+
+
+def _readable_id(obj: Json) -> str | None:
+    try:
+        return m.read_request_id(obj)
+    except RequestError:
+        return None
+
+
+def _unknown_type(obj: Json) -> RequestError:
+    if obj.get("type") is None:
+        return RequestError("type is missing; the protocol's request types are " + ", ".join(m.REQUESTS))
+    return RequestError(f"there is no request type {str(obj['type'])[:64]!r}; there are " + ", ".join(m.REQUESTS),
+                        "unknown_type")
+
+
+def _failure(reply_type: str, request_id: str | None, error: str, code: str) -> bytes:
+    return m.encode({"type": reply_type, "request_id": request_id, "success": False, "error": error,
+                     "error_code": code})
+
+
+_NOT_TRIED = "not tried, because one before it failed"
+
+
+def _failed_in_batch(ref: str, error: str, code: str) -> Json:
+    return {"agent_id": ref, "success": False, "status": None, "error": error, "error_code": code, "data": None}

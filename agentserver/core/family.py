@@ -1,0 +1,126 @@
+"""Which processes belong to which agent.
+
+Owns:    the leaders by pid, and what was learnt of descendants that lost their parent.
+Runs in: the core's thread.
+Unaware: of policy: it tells who is who, and signals whom it is told to.
+
+A descendant whose parent died becomes our child (see tree.py). Whose it was is told by the mark in
+its environment, else by its session, else by an earlier sight of it below its agent. One that
+cleared its environment and was never seen belongs to nobody until every agent that could have
+started it has ended; the last of those takes it along.
+"""
+from __future__ import annotations
+
+import os
+from typing import Iterable
+
+from . import process, tree
+from .agent import Agent
+from .tree import Proc
+
+PASSES = 5  # a tree that forks while it is being walked is walked again
+
+
+class Family:
+    """See the module. `leaders` are pids that were started and not yet reaped, with their agent."""
+
+    def __init__(self, subreaper: bool) -> None:
+        self.leaders: dict[int, Agent] = {}
+        self._sessions: dict[int, Agent] = {}  # the leaders, and those reaped whose tree is not gone yet
+        self._known: set[str] = set()          # ids of all these
+        self.sees = bool(tree.look(os.getpid()))  # is there a /proc?
+        self._parents = {os.getpid()} if subreaper else {os.getpid(), 1}
+        self._owners: dict[tuple[int, int], str] = {}
+        self._table: dict[int, Proc] = {}
+        self._fresh = False
+
+    # ------------------------------------------------------------ coming and going
+
+    def add(self, agent: Agent) -> None:
+        """An agent was started: its pid leads a session."""
+        assert agent.pid is not None
+        self.leaders[agent.pid] = self._sessions[agent.pid] = agent
+        self._known.add(agent.id)
+
+    def reaped(self, pid: int) -> Agent | None:
+        """A child was reaped; return whose leader it was."""
+        return self.leaders.pop(pid, None)
+
+    def remove(self, agent: Agent) -> None:
+        """Nothing of an agent is left."""
+        assert agent.pid is not None
+        self._sessions.pop(agent.pid, None)
+        self._known.discard(agent.id)
+
+    # ------------------------------------------------------------ looking
+
+    def stale(self) -> None:
+        """Look again when next asked; called at the end of each turn."""
+        self._fresh = False
+
+    def _look(self) -> None:
+        self._table = tree.scan(self.leaders)
+        self._fresh = True
+        seen = {(proc.pid, proc.start) for proc in self._table.values()}
+        self._owners = {key: owner for key, owner in self._owners.items() if key in seen}
+
+    def members(self, agents: Iterable[Agent]) -> dict[str, list[Proc]]:
+        """Return the living descendants of each agent, without its leader, parents first; one scan a turn."""
+        if not self._fresh:
+            self._look()
+        by_parent = tree.children_of(self._table)
+        orphans: dict[str, list[Proc]] = {}
+        for parent in self._parents:
+            for proc in by_parent.get(parent, ()):
+                orphans.setdefault(self._owner(proc), []).append(proc)
+        found = {}
+        for agent in agents:
+            roots: list[Proc | int] = list(orphans.get(agent.id, ()))
+            if agent.pid in self.leaders:
+                roots.append(agent.pid)
+            found[agent.id] = [p for p in tree.below(by_parent, roots, self.leaders.__contains__) if p.state != "Z"]
+            for proc in found[agent.id]:
+                self._owners[proc.pid, proc.start] = agent.id
+        return found
+
+    def _owner(self, proc: Proc) -> str:
+        """Return whose an orphan is, or "" when nothing tells."""
+        key = (proc.pid, proc.start)
+        owner = self._owners.get(key, "")
+        if owner not in self._known:
+            owner = tree.mark_of(proc.pid)
+        if owner not in self._known and proc.session in self._sessions:
+            owner = self._sessions[proc.session].id
+        if owner not in self._known:
+            return ""
+        self._owners[key] = owner
+        return owner
+
+    def strays(self, ended: Agent) -> list[Proc]:
+        """Return orphans that nothing places, and that no living agent could have started: `ended` has to answer."""
+        oldest = min((a.start or 0 for a in self.leaders.values()), default=None)
+        return [proc for proc in self._table.values()
+                if proc.parent == os.getpid() and proc.state != "Z" and not self._owner(proc)
+                and proc.start >= (ended.start or 0) and (oldest is None or proc.start < oldest)]
+
+    # ------------------------------------------------------------ signalling
+
+    def signal(self, agent: Agent, number: int) -> list[Proc]:
+        """Signal the leader and all that descends from it; return the descendants that were reached."""
+        if agent.pid not in self.leaders:
+            return []
+        process.send(agent.pid, number)
+        if not self.sees:
+            process.send_group(agent.pid, number)
+        return [proc for proc in self.members([agent])[agent.id] if tree.send(proc, number)]
+
+    def signal_all(self, agent: Agent, number: int, until_state: str) -> None:
+        """As `signal`, again until nobody new is found outside `until_state`: a tree may fork while it is stopped."""
+        reached: set[int] = set()
+        for _ in range(PASSES):
+            self.signal(agent, number)
+            self.stale()
+            late = {p.pid for p in self.members([agent])[agent.id] if p.state not in until_state} - reached
+            if not late:
+                return
+            reached |= late

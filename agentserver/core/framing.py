@@ -1,0 +1,110 @@
+"""How messages are cut out of a stream of bytes, and put into one.
+
+Owns:    the two framings of the core's Unix socket: lines, and frames with a header.
+Runs in: any thread; it is sans-IO (bytes in, messages out) and pure.
+Unaware: of JSON, sockets and what a message means.
+
+Lines are for local clients: one message, one `\\n`. Every line is a message, an empty one too.
+Frames are for the shell, which must pass something beside a message without touching it:
+
+    0        4        8               16        16+header            +body
+    | header | body   | tag           | header  | body               |
+    | u32 BE | u32 BE | u64 BE        | bytes   | bytes              |
+
+`tag` is chosen by the asker and comes back with the answer; 0 marks an event, whose header is its
+topic. A connection speaks lines until its first line is exactly `PREFACE`.
+"""
+from __future__ import annotations
+
+import struct
+
+PREFACE = b"AGENTSERVER/1 FRAMES\n"
+MAX_HEADER = 64 * 1024
+#: what a decoder yields in place of a message that was over the limit and was skipped
+TOO_LARGE = None
+
+_HEAD = struct.Struct("!IIQ")
+HEAD_BYTES = _HEAD.size
+
+
+class FramingError(Exception):
+    """The stream makes no sense any more; the connection has to be closed."""
+
+
+class LineDecoder:
+    """Cut lines from a stream; a line over `limit` bytes is skipped and yields `TOO_LARGE` once."""
+
+    __slots__ = ("_buffer", "_limit", "_scanned", "_skipping")
+
+    def __init__(self, limit: int) -> None:
+        self._buffer = bytearray()
+        self._limit = limit
+        self._scanned = 0       # no newline before this position
+        self._skipping = False  # inside a line that was already answered as too large
+
+    def feed(self, data: bytes) -> list[bytes | None]:
+        """Return the messages that `data` completes, without their newline."""
+        if not self._buffer and not self._skipping and data.endswith(b"\n") and data.count(b"\n") == 1 \
+                and len(data) <= self._limit:
+            return [data[:-1]]
+        self._buffer += data
+        found: list[bytes | None] = []
+        start = 0
+        while (end := self._buffer.find(b"\n", max(start, self._scanned))) >= 0:
+            if self._skipping:
+                self._skipping = False
+            else:
+                found.append(bytes(self._buffer[start:end]) if end - start <= self._limit else TOO_LARGE)
+            start = end + 1
+        del self._buffer[:start]
+        self._scanned = len(self._buffer)
+        if self._scanned > self._limit:
+            if not self._skipping:
+                found.append(TOO_LARGE)
+            self._skipping = True
+        if self._skipping:
+            self._buffer.clear()
+            self._scanned = 0
+        return found
+
+    def rest(self) -> bytes:
+        """Hand over what no line has claimed yet, when the connection changes its framing."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        self._scanned = 0
+        return rest
+
+
+class FrameDecoder:
+    """Cut `(tag, header, body)` from a stream; raise `FramingError` for sizes over the limits."""
+
+    __slots__ = ("_buffer", "_limit")
+
+    def __init__(self, limit: int) -> None:
+        self._buffer = bytearray()
+        self._limit = limit
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes, bytes]]:
+        """Return the frames that `data` completes."""
+        buffer = self._buffer
+        buffer += data
+        found: list[tuple[int, bytes, bytes]] = []
+        start = 0
+        while len(buffer) - start >= HEAD_BYTES:
+            header, body, tag = _HEAD.unpack_from(buffer, start)
+            if header > MAX_HEADER or body > self._limit:
+                raise FramingError(f"a frame of {header} + {body} bytes is over the limit")
+            middle = start + HEAD_BYTES + header
+            end = middle + body
+            if end > len(buffer):
+                break
+            found.append((tag, bytes(buffer[start + HEAD_BYTES:middle]), bytes(buffer[middle:end])))
+            start = end
+        if start:
+            del buffer[:start]
+        return found
+
+
+def frame(tag: int, header: bytes, body: bytes) -> bytes:
+    """Return one frame."""
+    return b"".join((_HEAD.pack(len(header), len(body), tag), header, body))

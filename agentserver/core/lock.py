@@ -1,0 +1,34 @@
+"""One process per job and state directory: a flock that lasts as long as its holder.
+
+Owns:    `keeper.lock`, `core.lock`, `shell.lock`. Not a pid file: the kernel lets go when the holder dies.
+Runs in: keeper, core and shell. The descriptor is close-on-exec, so that no child inherits the lock.
+Unaware: of who holds what for which purpose.
+"""
+from __future__ import annotations
+
+import fcntl
+import os
+
+from ..errors import StartError
+
+
+def lock(path: str) -> int:
+    """Take the lock and return its descriptor; raise `StartError` if another process holds it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StartError(f"the state directory {os.path.dirname(os.path.abspath(path))} is already served "
+                         f"({os.path.basename(path)} is held); stop that server, or name another directory with "
+                         "--state-dir") from None
+    return fd
+
+
+def held_by_another(path: str) -> bool:
+    """Return whether some process holds the lock."""
+    try:
+        os.close(lock(path))
+    except StartError:
+        return True
+    return False

@@ -1,0 +1,599 @@
+"""What one agent wrote: every byte of both streams, by absolute offset, bounded on disk.
+
+Owns:    the files `stdout.*`, `stderr.*` (segments named by their first offset) and `index.*` (when
+         it was written) of one agent's directory, their descriptors, and what is kept of them.
+Runs in: the core's loop; nothing here waits for the agent, only for the local disk.
+Unaware: of processes, text, lines, agents and who reads.
+
+A segment is a plain file, so `tail` and `grep` read it. An offset is never used twice; a byte that
+could not be recorded (disk full) still takes its offset, and reading steps over such a gap.
+An index record says: at this time the streams ended here and there. Each one can be read alone, so
+a damaged, short or missing index costs exact times and nothing else.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+import sys
+import termios
+import time
+from typing import Any, Callable, Iterator, NamedTuple
+
+CHUNK = 64 * 1024
+SEGMENT_BYTES = 4 * 1024 * 1024
+LEAST_SEGMENT = 4096
+LEAST_CAP = 8 * LEAST_SEGMENT       # a smaller cap counts as this one
+RETRY_SECS = 1.0                    # between attempts to record again on a disk that failed
+SAME_TIME_SECS = 0.001              # chunks of one stream within it share an index record
+SPARE_SEGMENTS = 256                # how many more files a stream may have than full ones would need
+MAX_OFFSET = 2 ** 63 - 1
+
+_splice: Any = getattr(os, "splice", None)  # Linux, Python >= 3.10
+_NONBLOCK = int(getattr(os, "SPLICE_F_NONBLOCK", 0))
+#: splice does not work between these two files, and never will
+_NO_SPLICE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC   # never O_APPEND: splice refuses it
+
+_RECORD = struct.Struct("<QQQ")     # microseconds since the epoch, end of stdout, end of stderr
+_TIME, _STDOUT, _STDERR = range(3)  # its columns
+_NO_RECORD = (0, 0, 0)
+
+
+class OutputRead(NamedTuple):
+    """Bytes of a stream; `dropped` of them, before `offset`, were asked for and are not kept."""
+
+    data: bytes
+    offset: int
+    next_offset: int
+    first_offset: int
+    dropped: int
+
+
+class OutputLog:
+    """The output of one agent, in `directory`, at most `cap_bytes` on disk with its index.
+
+    Past the cap the oldest segment of the stream that has more goes first, so that a flood on
+    stdout does not cost the few lines on stderr. Nothing is created before the first output.
+    """
+
+    __slots__ = ("_directory", "_cap", "_segment_bytes", "_now", "_out", "_err", "_index",
+                 "_writing", "_since", "_at", "_retry_at", "trouble")
+
+    def __init__(self, directory: str, cap_bytes: int, *, now: Callable[[], float] = time.time,
+                 segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._directory = directory
+        self._cap = max(cap_bytes, LEAST_CAP)
+        # an eighth: then index (a quarter) and both open segments always leave closed ones to drop
+        self._segment_bytes = max(LEAST_SEGMENT, min(segment_bytes, self._cap // 8))
+        self._now = now
+        self._out = _Stream("stdout", _STDOUT)
+        self._err = _Stream("stderr", _STDERR)
+        self._index = _Index(directory)
+        self._writing: _Stream | None = None        # the stream of the chunks that share a time
+        self._since = 0.0                           # when the first of them was written
+        self._at = 0.0                              # when the last output was written
+        self._retry_at = 0.0
+        #: the sentence of the last failure to record, None once recording has worked again for a while
+        self.trouble: str | None = None
+        self._recover()
+
+    # ------------------------------------------------------------ writing
+
+    def capture(self, stream: str, fd: int) -> int:
+        """Move one chunk from a nonblocking pipe into the log; return its size, 0 at the end of the stream.
+
+        `BlockingIOError` means that the pipe is empty. Trouble with the disk is never raised: what
+        cannot be recorded is read and counted, so that the agent does not wait for it.
+        """
+        s = self._stream(stream)
+        if s.splice and (s.fd >= 0 and s.size < self._segment_bytes or _holds_bytes(fd) and self._ready(s)):
+            try:
+                count: int = _splice(fd, s.fd, min(CHUNK, self._segment_bytes - s.size), None, s.size, _NONBLOCK)
+            except BlockingIOError:
+                raise
+            except OSError as e:    # the pipe still has its bytes; reading and writing will show who is to blame
+                s.splice = e.errno not in _NO_SPLICE
+            else:
+                if count:
+                    self._count(s, count)
+                return count
+        data = _read_chunk(fd)
+        if data:
+            self._record(s, data)
+        return len(data)
+
+    def append(self, stream: str, data: bytes) -> None:
+        """Record bytes that were read elsewhere. Trouble with the disk is not raised."""
+        self._record(self._stream(stream), data)
+
+    def close(self) -> None:
+        """Give back the descriptors; reading goes on working, and writing opens them again."""
+        if self._writing is not None:
+            self._stamp()
+            self._writing = None
+        self._retry_at = 0.0
+        for s in (self._out, self._err):
+            if s.gap:
+                self._ready(s)  # an empty segment: the end offset outlives us though its bytes were lost
+            s.close()
+            s.splice = _splice is not None
+        self._index.close()
+
+    def _record(self, s: _Stream, data: bytes) -> None:
+        rest = memoryview(data)
+        while len(rest):
+            if not self._ready(s):
+                break
+            try:
+                count = os.pwrite(s.fd, rest[:self._segment_bytes - s.size], s.size)
+                if count <= 0:
+                    raise OSError(errno.EIO, "nothing was written")
+            except OSError as e:
+                self._fail(s, e)
+                break
+            self._count(s, count)
+            rest = rest[count:]
+        s.lose(len(rest))
+
+    def _count(self, s: _Stream, count: int) -> None:
+        """Account for `count` bytes that are in the open segment now."""
+        at = self._now()
+        if s is not self._writing or not 0 <= at - self._since < SAME_TIME_SECS:
+            self._stamp()
+            self._writing = s
+            self._since = at
+        self._at = at
+        s.grow(count)
+        if self._out.kept + self._err.kept + self._index.total > self._cap:
+            self._trim()
+        if self.trouble is not None and at >= self._retry_at + RETRY_SECS:
+            self.trouble = None
+
+    def _stamp(self) -> None:
+        """Write down when the output up to now came. Lost on SIGKILL, it is the segment's mtime instead."""
+        if self._out.end or self._err.end:
+            self._index.add(self._at, self._out.end, self._err.end)
+            self._index.shrink(self._cap // 4)
+
+    def _fail(self, s: _Stream, e: OSError) -> None:
+        s.close()
+        self._retry_at = self._now() + RETRY_SECS
+        self.trouble = (f"output cannot be recorded in {self._directory}: {e.strerror or e}; the agent goes on and "
+                        "what it writes meanwhile is lost; make the directory writable again, with space in it")
+
+    # ------------------------------------------------------------ segments
+
+    def _stream(self, name: str) -> _Stream:
+        if name == "stdout":
+            return self._out
+        if name == "stderr":
+            return self._err
+        raise ValueError(f"the streams are stdout and stderr, not {name!r}")
+
+    def _path(self, s: _Stream, start: int) -> str:
+        return f"{self._directory}/{s.name}.{start:020d}"
+
+    def _ready(self, s: _Stream) -> bool:
+        """Make sure that `s` has an open segment with room; tell whether it has."""
+        if s.fd >= 0 and s.size < self._segment_bytes:
+            return True
+        if 0 < self._retry_at - self._now() <= RETRY_SECS:
+            return False
+        try:
+            self._open(s)
+        except OSError as e:
+            self._fail(s, e)
+            return False
+        return True
+
+    def _open(self, s: _Stream) -> None:
+        s.close()
+        if s.size >= self._segment_bytes or s.gap:
+            self._begin(s)
+        s.fd = self._create(self._path(s, s.start))
+        size = os.fstat(s.fd).st_size
+        if size != s.size:      # cut or extended by a stranger: go on behind both
+            s.resize(size)
+            if s.size >= self._segment_bytes or s.gap:
+                self._open(s)
+
+    def _create(self, path: str) -> int:
+        try:
+            return os.open(path, _OPEN, 0o600)
+        except FileNotFoundError:
+            os.makedirs(self._directory, 0o700, exist_ok=True)
+            return os.open(path, _OPEN, 0o600)
+
+    def _begin(self, s: _Stream) -> None:
+        """Leave the last segment behind; the next one starts at the end offset."""
+        if not s.size:          # an empty one only marked the end: move the mark, which needs no space
+            _quietly(os.rename, self._path(s, s.start), self._path(s, s.end))
+        s.begin()
+        if len(s.closed) > SPARE_SEGMENTS + self._cap // self._segment_bytes:
+            self._drop_oldest(s)
+
+    def _trim(self) -> None:
+        while self.disk_bytes() > self._cap:
+            less, more = sorted((self._out, self._err), key=_kept)
+            s = more if more.closed else less
+            if not s.closed:
+                return
+            self._drop_oldest(s)
+        self._index.forget(self._out.first, self._err.first)
+
+    def _drop_oldest(self, s: _Stream) -> None:
+        _quietly(os.unlink, self._path(s, s.drop_oldest()))
+
+    def _recover(self) -> None:
+        """Find out from the directory what is there."""
+        found: dict[str, list[tuple[int, int]]] = {"stdout": [], "stderr": [], "index": []}
+        for name, number, status in _numbered_files(self._directory):
+            if name in found:
+                found[name].append((number, status.st_size))
+                if name != "index":
+                    self._at = max(self._at, status.st_mtime)
+        self._out.recover(sorted(found["stdout"]))
+        self._err.recover(sorted(found["stderr"]))
+        self._index.recover(sorted(found["index"]), self._segment_bytes // 4)
+
+    # ------------------------------------------------------------ reading
+
+    def span(self, stream: str) -> tuple[int, int]:
+        """Return the first kept offset and the end offset."""
+        s = self._stream(stream)
+        return s.first, s.end
+
+    def disk_bytes(self) -> int:
+        """Return the bytes in all files, the index included."""
+        return self._out.kept + self._err.kept + self._index.total
+
+    def read(self, stream: str, offset: int, max_bytes: int) -> OutputRead:
+        """Return at most `max_bytes` from `offset` on, or from the next kept byte after it.
+
+        The bytes are contiguous: a read ends at a gap, and the next one steps over it. `OSError` if
+        what is there cannot be read for now (no descriptor left, say).
+        """
+        s = self._stream(stream)
+        asked = max(0, min(offset, s.end))
+        if max_bytes > 0:
+            begin, data = self._gather(s, asked, max_bytes)
+        else:
+            begin, data = s.next_kept(asked), b""
+        return OutputRead(data, begin, begin + len(data), s.first, begin - asked)
+
+    def _gather(self, s: _Stream, at: int, most: int) -> tuple[int, bytes]:
+        """Return the offset of the first byte that can be read at or after `at`, and the bytes from there."""
+        begin = s.end
+        pieces: list[bytes] = []
+        for start, size in s.segments_from(at):
+            if pieces and start > at:
+                break               # a gap
+            at = max(at, start)
+            wanted = min(most, start + size - at)
+            piece = self._piece(s, start, at - start, wanted)
+            if not (piece or pieces):
+                continue            # gone: step over it
+            begin = begin if pieces else at
+            pieces.append(piece)
+            at += len(piece)
+            most -= len(piece)
+            if len(piece) < wanted or not most:
+                break
+        return begin, pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _piece(self, s: _Stream, start: int, position: int, count: int) -> bytes:
+        """Return bytes of one segment, none if the file is gone or its sectors are."""
+        try:
+            if s.fd >= 0 and start == s.start:
+                return os.pread(s.fd, count, position)
+            return _read_file(self._path(s, start), position, count)
+        except OSError as e:
+            if e.errno in (errno.ENOENT, errno.EIO):
+                return b""
+            raise
+
+    def times(self, stream: str, start: int, stop: int) -> list[tuple[float, int]]:
+        """Return (unix time, end offset) pairs that cover the bytes from `start` to `stop`, in order.
+
+        Chunks within a millisecond share a pair. A byte whose own record is lost has the time of the
+        next one that is known.
+        """
+        s = self._stream(stream)
+        at, stop = max(start, s.first), min(stop, s.end)
+        found: list[tuple[float, int]] = []
+        for record in self._index.records(s.column, at + 1) if at < stop else ():
+            end = min(record[s.column], stop)
+            if end > at:
+                found.append((record[_TIME] / 1e6, end))
+                at = end
+            if at >= stop:
+                break
+        if at < stop:
+            found.append((self._at, stop))
+        return found
+
+    def offset_at(self, stream: str, when: float) -> int:
+        """Return the first offset that was written at or after `when` (unix time); the end if there is none."""
+        s = self._stream(stream)
+        if self._at < when:
+            return s.end
+        before = self._index.last_before(_TIME, round(when * 1e6))
+        return max(s.first, min(before[s.column], s.end))
+
+    @staticmethod
+    def delete(directory: str) -> bool:
+        """Remove the directory of a log that is closed; tell whether it is gone."""
+        try:
+            for name in os.listdir(directory):
+                _quietly(os.unlink, f"{directory}/{name}")
+            os.rmdir(directory)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+
+class _Stream:
+    """What is kept of one stream: closed segments, then the last one, which is open while it is written."""
+
+    __slots__ = ("name", "column", "splice", "fd", "closed", "start", "size", "first", "end", "kept")
+
+    def __init__(self, name: str, column: int) -> None:
+        self.name = name
+        self.column = column        # in an index record
+        self.splice = _splice is not None
+        self.fd = -1
+        self.closed: list[tuple[int, int]] = []     # (start, size), in order, none empty
+        self.start = self.size = 0                  # of the last segment
+        self.first = self.end = 0                   # offsets
+        self.kept = 0                               # bytes in all segments
+
+    @property
+    def gap(self) -> bool:
+        """Whether bytes were lost after the last segment."""
+        return self.start + self.size != self.end
+
+    def grow(self, count: int) -> None:
+        self.size += count
+        self.end += count
+        self.kept += count
+
+    def lose(self, count: int) -> None:
+        self.end += count
+        if not self.kept:
+            self.first = self.end
+
+    def resize(self, size: int) -> None:
+        self.kept += size - self.size
+        self.size = size
+        self.end = max(self.end, self.start + size)
+        self._find_first()
+
+    def begin(self) -> None:
+        if self.size:
+            self.closed.append((self.start, self.size))
+        self.start, self.size = self.end, 0
+        self._find_first()
+
+    def drop_oldest(self) -> int:
+        start, size = self.closed.pop(0)
+        self.kept -= size
+        self._find_first()
+        return start
+
+    def recover(self, segments: list[tuple[int, int]]) -> None:
+        """Take over (start, size) pairs; where two overlap, the later one has the bytes."""
+        for (start, size), (following, _) in zip(segments, segments[1:]):
+            if size:
+                self.closed.append((start, min(size, following - start)))
+        if segments:
+            self.start, self.size = segments[-1]
+            self.end = self.start + self.size
+        self.kept = self.size + sum(size for _, size in self.closed)
+        self._find_first()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            _quietly(os.close, fd)
+
+    def next_kept(self, offset: int) -> int:
+        """Return the first kept offset that is not below `offset`, or the end."""
+        for start, _size in self.segments_from(offset):
+            return max(start, offset)
+        return self.end
+
+    def segments_from(self, offset: int) -> Iterator[tuple[int, int]]:
+        """Yield (start, size) of every segment with bytes at or after `offset`."""
+        for start, size in self.closed:
+            if start + size > offset:
+                yield start, size
+        if self.size and self.start + self.size > offset:
+            yield self.start, self.size
+
+    def _find_first(self) -> None:
+        if self.closed:
+            self.first = self.closed[0][0]
+        else:
+            self.first = self.start if self.size else self.end
+
+
+class _Index:
+    """When the output was written: records in numbered files. It never fails; at worst it knows less."""
+
+    __slots__ = ("_directory", "_limit", "_fd", "_numbers", "_size", "total")
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._limit = LEAST_SEGMENT // 4    # bytes in one file
+        self._fd = -1
+        self._numbers: list[int] = [0]      # of the files, in order; the last one is written
+        self._size = 0                      # bytes in the last file, whole records only
+        self.total = 0                      # bytes in all files
+
+    def recover(self, files: list[tuple[int, int]], limit: int) -> None:
+        self._limit = min(limit, SEGMENT_BYTES // 16)
+        if files:
+            self._numbers = [number for number, _ in files]
+            self._size = files[-1][1] // _RECORD.size * _RECORD.size
+            self.total = sum(size for _, size in files[:-1]) + self._size
+
+    def add(self, at: float, stdout_end: int, stderr_end: int) -> None:
+        """Write one record, over a partial one if there is any."""
+        try:
+            if self._fd < 0 or self._size + _RECORD.size > self._limit:
+                self._open()
+            record = _RECORD.pack(max(0, round(at * 1e6)), stdout_end, stderr_end)
+            if os.pwrite(self._fd, record, self._size) == len(record):
+                self._size += len(record)
+                self.total += len(record)
+        except OSError:
+            self.close()
+
+    def _open(self) -> None:
+        self.close()
+        if self._size + _RECORD.size > self._limit:
+            self._numbers.append(self._numbers[-1] + 1)
+            self._size = 0
+        self._fd = os.open(self._path(self._numbers[-1]), _OPEN, 0o600)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            _quietly(os.close, fd)
+
+    def shrink(self, most: int) -> None:
+        """Drop the oldest files until at most `most` bytes are left: times are worth less than output."""
+        while self.total > most and len(self._numbers) > 1:
+            self._drop_oldest()
+
+    def forget(self, stdout_first: int, stderr_first: int) -> None:
+        """Drop the files that speak only of bytes before these offsets."""
+        while len(self._numbers) > 1:
+            _at, stdout_end, stderr_end = self._last(self._numbers[0])
+            if stdout_end > stdout_first or stderr_end > stderr_first:
+                return
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        path = self._path(self._numbers.pop(0))
+        try:
+            self.total -= os.stat(path).st_size
+            os.unlink(path)
+        except OSError:
+            pass
+        if len(self._numbers) == 1:
+            self.total = self._size     # whatever strangers did to the files, the sum is right again
+
+    def records(self, column: int, least: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the records from the first one on whose `column` is at least `least`."""
+        place, position, data = self._find(column, least)
+        while True:
+            yield from _RECORD.iter_unpack(data[position * _RECORD.size:])
+            place += 1
+            if place >= len(self._numbers):
+                return
+            position, data = 0, self._load(self._numbers[place])
+
+    def last_before(self, column: int, limit: int) -> tuple[int, int, int]:
+        """Return the last record whose `column` is below `limit`, or zeros."""
+        place, position, data = self._find(column, limit)
+        if position:
+            return _record(data, position - 1)
+        return self._last(self._numbers[place - 1]) if place else _NO_RECORD
+
+    def _find(self, column: int, least: int) -> tuple[int, int, bytes]:
+        """Return file, position and the file's records of the first record with `column` >= `least`."""
+        low, high = 0, len(self._numbers) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._last(self._numbers[middle])[column] >= least:
+                high = middle
+            else:
+                low = middle + 1
+        data = self._load(self._numbers[low])
+        first, last = 0, len(data) // _RECORD.size
+        while first < last:
+            middle = (first + last) // 2
+            if _record(data, middle)[column] >= least:
+                last = middle
+            else:
+                first = middle + 1
+        return low, first, data
+
+    def _load(self, number: int) -> bytes:
+        """Return the whole records of one file."""
+        most = self._size if number == self._numbers[-1] else SEGMENT_BYTES
+        try:
+            data = _read_file(self._path(number), 0, most) if most else b""
+        except OSError:
+            return b""
+        return data[:len(data) // _RECORD.size * _RECORD.size]
+
+    def _last(self, number: int) -> tuple[int, int, int]:
+        path = self._path(number)
+        try:
+            size = self._size if number == self._numbers[-1] else os.stat(path).st_size
+            count = size // _RECORD.size
+            return _record(_read_file(path, (count - 1) * _RECORD.size, _RECORD.size), 0) if count else _NO_RECORD
+        except (OSError, struct.error):
+            return _NO_RECORD
+
+    def _path(self, number: int) -> str:
+        return f"{self._directory}/index.{number:020d}"
+
+
+def _record(data: bytes, position: int) -> tuple[int, int, int]:
+    return _RECORD.unpack_from(data, position * _RECORD.size)
+
+
+def _kept(s: _Stream) -> int:
+    return s.kept
+
+
+def _holds_bytes(fd: int) -> bool:
+    """Tell whether a pipe has bytes to read now, so that no file is made for a stream that just ends."""
+    try:
+        return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder) > 0
+    except OSError:
+        return False
+
+
+def _read_chunk(fd: int) -> bytes:
+    try:
+        return os.read(fd, CHUNK)
+    except OSError as e:
+        if e.errno == errno.EIO:    # how Linux says that nobody holds the other end of a pseudo-terminal
+            return b""
+        raise
+
+
+def _read_file(path: str, position: int, count: int) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.pread(fd, count, position)
+    finally:
+        os.close(fd)
+
+
+def _numbered_files(directory: str) -> Iterator[tuple[str, int, os.stat_result]]:
+    """Yield (name, number, status) of every file that is called like one of ours."""
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                name, _, digits = entry.name.partition(".")
+                if len(digits) == 20 and digits.isascii() and digits.isdigit() and int(digits) <= MAX_OFFSET:
+                    yield name, int(digits), entry.stat(follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+
+
+def _quietly(call: Callable[..., object], *args: object) -> None:
+    """Do what cannot be mended when it fails."""
+    try:
+        call(*args)
+    except OSError:
+        pass

@@ -1,0 +1,306 @@
+"""One child: its pipes, its session, its signals, its end.
+
+Owns:    every call that starts, signals or reaps a process.
+Runs in: the core's thread. `spawn` changes the working directory and the descriptor limit for a
+         moment, which is only safe because the core has one thread.
+Unaware: of agents, policy and what output means.
+
+`posix_spawn` (a vfork underneath) is used because it starts a child without a copy of us and
+without Python code between fork and exec: no lock, no signal mask, no descriptor of ours can leak,
+and an error of exec comes back as an errno. All our descriptors are close-on-exec (PEP 446).
+"""
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from contextlib import contextmanager
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
+
+from ..errors import RequestError
+
+_DEFAULT_SIGNALS = sorted(set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP})
+_WORDS = {"interrupt": "INT", "terminate": "TERM", "hangup": "HUP", "continue": "CONT", "abort": "ABRT"}
+
+
+class Child(NamedTuple):
+    """A started process and our ends of its pipes (-1: none); all of ours are non-blocking."""
+
+    pid: int
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class Ended(NamedTuple):
+    """How a process ended: exit code or signal number, and what it used (getrusage(2))."""
+
+    code: int | None
+    signal: int | None
+    cpu_secs: float
+    max_rss_bytes: int
+
+
+def start(argv: Sequence[str], descriptors: Mapping[int, int]) -> int:
+    """Start a process of our own in a session of its own, with our environment and just these descriptors."""
+    actions = [(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in descriptors.items()]
+    return os.posix_spawn(argv[0], list(argv), os.environ, file_actions=actions, setsid=True,
+                          setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
+
+
+def collect() -> Iterator[tuple[int, int]]:
+    """Reap every child that has ended, whoever it is; yield (pid, exit code, or -N for signal N)."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        yield pid, os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+
+def descriptor_limit() -> int:
+    """Return our soft RLIMIT_NOFILE."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def hard_descriptor_limit() -> int:
+    """Return how many descriptors a process of ours may have at most."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return hard if hard != resource.RLIM_INFINITY else 2 ** 31
+
+
+def raise_descriptor_limit() -> tuple[int, int]:
+    """Raise our soft RLIMIT_NOFILE to the hard one; return what it was, for agents to get back."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (ValueError, OSError):  # macOS reports an infinite hard limit that cannot be set
+        pass
+    return soft, hard
+
+
+def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, stdin: bool, nofile: int) -> Child:
+    """Start `argv` in a session of its own; raise `RequestError(spawn_failed)` with a sentence if it cannot be."""
+    opened: list[int] = []
+    try:
+        ours, theirs = _pipes(stdin, opened)
+        with _low(theirs) as actions:
+            pid = _in_directory(cwd, argv, environment, actions, nofile)
+    except OSError as e:
+        _close(opened)
+        raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
+    except BaseException:
+        _close(opened)
+        raise
+    _close(fd for fd in opened if fd not in ours)
+    return Child(pid, *ours)
+
+
+def _close(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _pipes(stdin: bool, opened: list[int]) -> tuple[tuple[int, int, int], dict[int, int]]:
+    """Make the pipes; return our ends and, by the number it is to have there, the child's."""
+    ours, theirs = [-1, -1, -1], {}
+    for number in range(0 if stdin else 1, 3):
+        read, write = os.pipe()
+        opened += (read, write)
+        ours[number], theirs[number] = (write, read) if number == 0 else (read, write)
+        os.set_blocking(ours[number], False)
+    return (ours[0], ours[1], ours[2]), theirs
+
+
+_reserved: list[int] = []  # three low descriptors on /dev/null
+
+
+def reserve() -> None:
+    """Take three low descriptors while there are some. posix_spawn refuses to hand over a descriptor beyond the
+    soft limit, which is the agents' low one at that moment, so that the child's ends are lent a low number."""
+    while len(_reserved) < 3:
+        _reserved.append(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC))
+
+
+@contextmanager
+def _low(theirs: Mapping[int, int]) -> Iterator[list[tuple[Any, ...]]]:
+    """Lend low numbers to the child's ends; yield what the child does to have them as 0, 1 and 2."""
+    reserve()
+    actions: list[tuple[Any, ...]] = []
+    if 0 not in theirs:
+        actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
+    null = os.dup(_reserved[0])
+    try:
+        for low, (number, fd) in zip(_reserved, theirs.items()):
+            os.dup2(fd, low, inheritable=False)
+            actions.append((os.POSIX_SPAWN_DUP2, low, number))
+        yield actions
+    finally:
+        for low in _reserved:  # a copy of a pipe's end anywhere delays EOF
+            os.dup2(null, low, inheritable=False)
+        os.close(null)
+
+
+def _in_directory(cwd: str, argv: Sequence[str], environment: Mapping[str, str],
+                  actions: list[tuple[Any, ...]], nofile: int) -> int:
+    home = os.open(".", os.O_RDONLY)
+    try:
+        try:
+            os.chdir(cwd)
+        except OSError as e:
+            raise RequestError(f"cannot start in the directory {cwd!r}: {os.strerror(e.errno or 0)}; "
+                               "give a cwd that exists on the server", "spawn_failed") from None
+        program = _find(argv[0], environment)
+        try:
+            return _with_limit(nofile, program, argv, environment, actions)
+        except OSError as e:
+            raise RequestError(_why_not(e, program, argv, environment), "spawn_failed") from None
+    finally:
+        os.fchdir(home)
+        os.close(home)
+
+
+def _with_limit(nofile: int, program: str, argv: Sequence[str], environment: Mapping[str, str],
+                actions: list[tuple[Any, ...]]) -> int:
+    """Spawn while our own soft descriptor limit is the original one: a child inherits it at that moment."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != nofile:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, hard))
+    try:
+        return os.posix_spawn(program, list(argv), environment, file_actions=actions, setsid=True,
+                              setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
+    finally:
+        if soft != nofile:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _find(program: str, environment: Mapping[str, str]) -> str:
+    """Return the file to execute, as execvp(3) would find it in the agent's own PATH."""
+    if not program:
+        raise RequestError("the name of the program is empty", "spawn_failed")
+    if "/" in program:
+        return program
+    path = environment.get("PATH", os.defpath)
+    blocked = ""
+    for directory in path.split(os.pathsep):
+        candidate = os.path.join(directory or ".", program)
+        if os.path.isfile(candidate):
+            if os.access(candidate, os.X_OK):
+                return candidate
+            blocked = blocked or candidate
+    return blocked or _missing(program, path)
+
+
+def _missing(program: str, path: str) -> str:
+    shown = program if len(program) <= 200 else program[:200] + "…"
+    raise RequestError(f"there is no program {shown!r} on the agent's PATH ({path}); give its full path, or "
+                       "the PATH it is on in config.environment", "spawn_failed")
+
+
+def _why_not(e: OSError, program: str, argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    shown = repr(program if len(program) <= 200 else program[:200] + "…")
+    if e.errno == errno.ENOENT and os.path.exists(program):
+        return f"{shown} cannot be executed: the interpreter named in its first line does not exist"
+    if e.errno == errno.ENOENT:
+        return f"there is no program {shown}"
+    if e.errno == errno.EACCES:
+        return f"{shown} is not executable for the server's user; chmod +x it, or run it by its interpreter"
+    if e.errno == errno.ENOEXEC:
+        return f"{shown} is not a program: it has neither a known format nor a first line such as #!/bin/sh"
+    if e.errno == errno.E2BIG:
+        size = sum(len(os.fsencode(a)) + 1 for a in argv) + sum(
+            len(os.fsencode(k + v)) + 2 for k, v in environment.items())
+        return (f"the arguments and the environment have {size} bytes, more than this system passes to a program "
+                "(execve(2): E2BIG); hand large input over by stdin or a file")
+    return f"{shown} could not be started: {os.strerror(e.errno or 0)}"
+
+
+# ---------------------------------------------------------------- signals
+
+def signal_number(spec: str | int) -> int:
+    """Return the number of `SIGINT`, `int`, `interrupt`, 2 …; raise `RequestError` if there is no such signal here."""
+    if isinstance(spec, str) and spec.strip().lstrip("-").isdigit() and len(spec) < 9:
+        spec = int(spec)
+    if isinstance(spec, str):
+        word = _WORDS.get(spec.strip().lower(), spec.strip().upper())
+        found = getattr(signal, word if word.startswith("SIG") else "SIG" + word, None)
+        if isinstance(found, signal.Signals):
+            return int(found)
+    elif spec in signal.valid_signals():
+        return int(spec)
+    raise RequestError(f"there is no signal {str(spec)[:40]!r}; give a name such as SIGINT or a number from kill -l")
+
+
+def signal_name(number: int) -> str:
+    """Return `SIGTERM` for 15, and `SIG40` for those without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"
+
+
+def send(pid: int, number: int) -> bool:
+    """Signal a child of ours that was not reaped yet; return whether it could be."""
+    if pid <= 1:
+        raise ValueError(f"refusing to signal pid {pid}")
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def send_group(leader: int, number: int) -> bool:
+    """Signal the group of a leader that was not reaped yet, so that its number cannot mean another group."""
+    if leader <= 1:
+        raise ValueError(f"refusing to signal group {leader}")
+    try:
+        os.killpg(leader, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- ends
+
+if hasattr(os, "waitid"):
+    def ended(known: Iterable[int]) -> Iterator[int]:
+        """Yield children that ended and were not reaped. Reap each before asking for the next: waitid(2)
+        with WNOWAIT would name the same one again and again."""
+        while True:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None:
+                return
+            yield info.si_pid
+
+    def reap(pid: int) -> Ended:
+        """Collect a child that has ended (wait4(2))."""
+        _, status, usage = os.wait4(pid, 0)
+        return _ended(status, usage)
+else:  # macOS before Python 3.13: reaped as they are found
+    _found: dict[int, Ended] = {}
+
+    def ended(known: Iterable[int]) -> Iterator[int]:
+        """Yield children that ended."""
+        for pid in list(known):
+            found, status, usage = os.wait4(pid, os.WNOHANG)
+            if found:
+                _found[pid] = _ended(status, usage)
+                yield pid
+
+    def reap(pid: int) -> Ended:
+        """Return how a child that was yielded has ended."""
+        return _found.pop(pid)
+
+
+def _ended(status: int, usage: Any) -> Ended:
+    unit = 1 if os.uname().sysname == "Darwin" else 1024  # ru_maxrss: bytes there, KiB here
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    return Ended(code, number, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)

@@ -1,0 +1,232 @@
+"""Everything that must be remembered: agents, attempts, request ids, events.
+
+Owns:    `registry.db` (sqlite3, WAL, synchronous=NORMAL: survives a SIGKILL of ours, and a power cut
+         may take the last moments but never consistency).
+Runs in: the core's thread.
+Unaware: of what a record means. Records are JSON, so that fields of a newer version survive an older one.
+
+Writes are queued and go to disk in one transaction at `commit`, which the service calls at the end
+of each turn, before any reply of that turn leaves. So durable comes before acknowledged, and a
+hundred requests in one turn cost one transaction. While the disk refuses, the queue waits.
+"""
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from typing import Any, Callable, Iterator, NamedTuple
+
+from ..messages import Json, encode_text
+from ..messages import decode as decode_json
+
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta     (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS agents   (id TEXT PRIMARY KEY, created REAL, finished REAL, request_id TEXT,
+                                     spec TEXT, record TEXT) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS agents_by_request ON agents (request_id);
+CREATE TABLE IF NOT EXISTS attempts (agent_id TEXT, attempt INTEGER, record TEXT,
+                                     PRIMARY KEY (agent_id, attempt)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, at REAL, digest BLOB, agent_id TEXT, reply BLOB)
+                                     WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS requests_by_time  ON requests (at);
+CREATE INDEX IF NOT EXISTS requests_by_agent ON requests (agent_id);
+CREATE TABLE IF NOT EXISTS events   (sequence INTEGER PRIMARY KEY, at REAL, agent_id TEXT, message TEXT);
+CREATE INDEX IF NOT EXISTS events_by_agent ON events (agent_id, sequence);
+CREATE TABLE IF NOT EXISTS quarantine (at REAL, source TEXT, why TEXT, content TEXT);
+"""
+REQUEST_SECS = 24 * 3600.0
+EVENT_SECS = 7 * 86400.0
+QUEUE_MOST = 100_000  # statements that wait while the disk refuses
+
+
+class Remembered(NamedTuple):
+    """A request that was done: the digest of its content, and the reply it got."""
+
+    digest: bytes
+    reply: bytes
+
+
+class Registry:
+    """See the module. `say` gets a sentence whenever something had to be repaired or put aside."""
+
+    def __init__(self, path: str, say: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
+        self._say, self._now = say, now
+        self._queue: list[tuple[str, tuple[Any, ...]]] = []
+        #: why the last commit failed, or ""
+        self.trouble = ""
+        self._db = self._open(path)
+        self.sequence = int(self._one("SELECT max(sequence) FROM events") or 0)
+        self.sequence = max(self.sequence, int(self.get("sequence") or 0))
+
+    # ------------------------------------------------------------ opening
+
+    def _open(self, path: str) -> sqlite3.Connection:
+        try:
+            return self._connect(path)
+        except sqlite3.DatabaseError as e:
+            aside = f"{path}.unreadable-{int(self._now())}"
+            for suffix in ("", "-wal", "-shm"):
+                if os.path.exists(path + suffix):
+                    os.replace(path + suffix, aside + suffix)
+            self._say(f"the registry could not be read ({e}); it was kept as {aside} and a new one was begun")
+            return self._connect(path)
+
+    def _connect(self, path: str) -> sqlite3.Connection:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
+        db.execute("PRAGMA busy_timeout = 2000")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA cache_size = -1024")  # KiB
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            db.close()
+            raise sqlite3.DatabaseError(f"it was written by a newer version (schema {version})")
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        return db
+
+    # ------------------------------------------------------------ the queue and the transaction
+
+    def _write(self, sql: str, *values: Any) -> None:
+        if len(self._queue) < QUEUE_MOST:
+            self._queue.append((sql, values))
+
+    def commit(self) -> bool:
+        """Put everything queued on disk at once; return False, with `trouble` set, if the disk refuses."""
+        if not self._queue:
+            return not self.trouble
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for sql, values in self._queue:
+                self._db.execute(sql, values)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as e:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if not self.trouble:
+                self._say(f"the registry cannot be written: {e}; trying again until it can")
+            self.trouble = str(e)
+            return False
+        self._queue.clear()
+        if self.trouble:
+            self._say("the registry can be written again")
+            self.trouble = ""
+        return True
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        self.commit()
+        row = self._db.execute(sql, values).fetchone()
+        return row[0] if row else None
+
+    # ------------------------------------------------------------ meta
+
+    def get(self, key: str) -> str:
+        """Return a remembered word about the server itself, or ""."""
+        return str(self._one("SELECT value FROM meta WHERE key = ?", key) or "")
+
+    def put(self, key: str, value: str) -> None:
+        """Remember a word about the server itself."""
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", key, value)
+
+    # ------------------------------------------------------------ agents
+
+    def add_agent(self, agent_id: str, created: float, request_id: str, spec: Json, record: Json) -> None:
+        """Remember a new agent."""
+        self._write("INSERT INTO agents VALUES (?, ?, NULL, ?, ?, ?)", agent_id, created, request_id,
+                    encode_text(spec), encode_text(record))
+
+    def save_agent(self, agent_id: str, finished: float | None, record: Json) -> None:
+        """Remember how an agent is now."""
+        self._write("UPDATE agents SET finished = ?, record = ? WHERE id = ?", finished, encode_text(record), agent_id)
+
+    def agents(self) -> Iterator[tuple[str, Json]]:
+        """Yield (id, record) of every agent, oldest first; those that cannot be read are put aside."""
+        for agent_id, record in self._db.execute("SELECT id, record FROM agents ORDER BY created, id").fetchall():
+            try:
+                yield agent_id, decode_json(record.encode())
+            except Exception as e:
+                self.quarantine(agent_id, str(e), str(record))
+
+    def quarantine(self, agent_id: str, why: str, content: str) -> None:
+        """Put one unreadable record aside, so that everything else loads."""
+        self._say(f"the record of agent {agent_id} cannot be read and was put aside (table quarantine): {why}")
+        self._write("INSERT INTO quarantine VALUES (?, ?, ?, ?)", self._now(), f"agents/{agent_id}", why, content)
+        self._write("DELETE FROM agents WHERE id = ?", agent_id)
+
+    def spec(self, agent_id: str) -> Json:
+        """Return what an agent was spawned with, environment values included."""
+        found = self._one("SELECT spec FROM agents WHERE id = ?", agent_id)
+        return decode_json(found.encode()) if found else {}
+
+    def spawned_by(self, request_id: str) -> str:
+        """Return the id of the agent that a spawn request made, or ""."""
+        return str(self._one("SELECT id FROM agents WHERE request_id = ?", request_id) or "")
+
+    def remove_agent(self, agent_id: str) -> None:
+        """Forget an agent with its attempts and request ids; its events stay until their own time."""
+        self._write("DELETE FROM agents WHERE id = ?", agent_id)
+        self._write("DELETE FROM attempts WHERE agent_id = ?", agent_id)
+        self._write("DELETE FROM requests WHERE agent_id = ?", agent_id)
+
+    def save_attempt(self, agent_id: str, attempt: int, record: Json) -> None:
+        """Remember one attempt with its exit record."""
+        self._write("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?)", agent_id, attempt, encode_text(record))
+
+    def attempts(self, agent_id: str) -> list[Json]:
+        """Return the attempts of an agent, first to last."""
+        self.commit()
+        rows = self._db.execute("SELECT record FROM attempts WHERE agent_id = ? ORDER BY attempt", (agent_id,))
+        return [decode_json(row[0].encode()) for row in rows]
+
+    # ------------------------------------------------------------ requests that were done
+
+    def remember(self, request_id: str, digest: bytes, reply: bytes, agent_id: str | None = None) -> None:
+        """Remember the reply to a request that did something. `agent_id`: keep it as long as that agent."""
+        self._write("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", request_id, self._now(), digest,
+                    agent_id, reply)
+
+    def recall(self, request_id: str) -> Remembered | None:
+        """Return what was remembered of a request."""
+        self.commit()
+        row = self._db.execute("SELECT digest, reply FROM requests WHERE request_id = ?", (request_id,)).fetchone()
+        return Remembered(row[0], row[1]) if row else None
+
+    # ------------------------------------------------------------ events
+
+    def add_event(self, at: float, agent_id: str | None, message: Json) -> str:
+        """Give an event the next number of the server-wide sequence, keep it, and return it as JSON text."""
+        self.sequence += 1
+        text = encode_text({**message, "sequence": self.sequence})
+        self._write("INSERT INTO events VALUES (?, ?, ?, ?)", self.sequence, at, agent_id, text)
+        return text
+
+    def events(self, since: int, limit: int, agent_id: str | None = None) -> list[str]:
+        """Return up to `limit` events after `since`, as JSON text."""
+        self.commit()
+        where, values = ("AND agent_id = ?", (since, agent_id, limit)) if agent_id else ("", (since, limit))
+        rows = self._db.execute(
+            f"SELECT message FROM events WHERE sequence > ? {where} ORDER BY sequence LIMIT ?", values)
+        return [row[0] for row in rows]
+
+    @property
+    def first_kept(self) -> int:
+        """The oldest sequence that can be asked for; one past the last when none is kept."""
+        return int(self._one("SELECT min(sequence) FROM events") or self.sequence + 1)
+
+    # ------------------------------------------------------------ bounds
+
+    def trim(self, events_kept: int, requests_kept: int) -> None:
+        """Drop what is past its time or its number."""
+        now = self._now()
+        self.put("sequence", str(self.sequence))
+        self._write("DELETE FROM events WHERE sequence <= ? OR at < ?", self.sequence - events_kept, now - EVENT_SECS)
+        self._write("DELETE FROM requests WHERE agent_id IS NULL AND (at < ? OR at <= (SELECT at FROM requests "
+                    "WHERE agent_id IS NULL ORDER BY at DESC LIMIT 1 OFFSET ?))", now - REQUEST_SECS, requests_kept)
+        self.commit()
+
+    def close(self) -> None:
+        """Commit and let go of the file."""
+        self.commit()
+        self._db.close()

@@ -1,0 +1,208 @@
+"""One attempt of an agent while its process exists: its pipes, its stdin buffer, why it is being ended.
+
+Owns:    our ends of the pipes and what waits in front of the agent's stdin.
+Runs in: the core's thread; nothing here blocks, and no agent can make it.
+Unaware: of statuses and of who asked. It reports what happened through `Desk`.
+
+Exit and end of output are two events: the exit comes from the kernel, the end of a stream from EOF,
+which a descendant that holds the pipe may delay; after the exit it is waited for `drain_secs` at most.
+"""
+from __future__ import annotations
+
+import errno
+import os
+from typing import Callable, NamedTuple, Protocol
+
+from ..errors import RequestError
+from .counters import Counters
+from .feed import Feed
+from .output import OutputLog
+from .process import Child, Ended
+from .reactor import READ, WRITE, Reactor, Timer, Watch
+
+STREAMS = ("stdout", "stderr")
+DRAIN_CHUNKS = 64  # of 64 KiB: more than a pipe can hold (pipe(7): at most 1 MiB unless root raised it)
+
+
+class Cause(NamedTuple):
+    """Why we are ending an attempt, and who asked."""
+
+    reason: str
+    by: str | None
+
+
+class Desk(Protocol):
+    """What a run needs from around it."""
+
+    reactor: Reactor
+    feed: Feed
+    counters: Counters
+    stdin_limit: int
+
+    def stdin_ended(self, agent_id: str, why: str) -> None:
+        """The agent's stdin was closed, by us or by the agent."""
+
+    def disk_trouble(self, agent_id: str, why: str) -> None:
+        """Output could not be recorded."""
+
+
+class Run:
+    """See the module. `started` is monotonic."""
+
+    __slots__ = ("_agent_id", "_buffer", "_closing", "_desk", "_fds", "_shown", "_stdin", "_stdin_watch", "_watches",
+                 "cause", "ended", "leaked", "ladder", "limit", "output", "signalled", "started", "trouble")
+
+    def __init__(self, agent_id: str, child: Child, output: OutputLog, desk: Desk) -> None:
+        self._agent_id, self._desk, self.output = agent_id, desk, output
+        self._stdin, self._fds = child.stdin, {"stdout": child.stdout, "stderr": child.stderr}
+        self._buffer, self._closing = bytearray(), False
+        self._stdin_watch: Watch | None = None
+        self._watches = {name: desk.reactor.watch(fd, READ, self._reader(name), bulk=True)
+                         for name, fd in self._fds.items()}
+        self._shown = {name: output.span(name)[1] for name in STREAMS}
+        self.started = desk.reactor.clock()
+        self.cause: Cause | None = None
+        self.signalled: dict[int, str] = {}  # signals that clients sent, and who did
+        self.ladder: Timer | None = None     # the next rung of the stop ladder
+        self.limit: Timer | None = None      # when limits.runtime_secs is reached
+        self.ended: Ended | None = None      # set when the leader was reaped
+        self.leaked: dict[int, str] = {}     # pid -> command of what had to be killed
+        self.trouble = ""
+
+    # ------------------------------------------------------------ output
+
+    def _reader(self, name: str) -> Callable[[int], object]:
+        return lambda _mask: self._capture(name)
+
+    def _capture(self, name: str) -> bool:
+        """Move one chunk from the pipe to the file; return whether there may be more."""
+        try:
+            moved = self.output.capture(name, self._fds[name])
+        except BlockingIOError:
+            return False
+        if moved == 0:
+            self._end_of(name)
+            return False
+        self._desk.counters.add("bytes_captured", moved)
+        if self.output.trouble and not self.trouble:
+            self._desk.disk_trouble(self._agent_id, self.output.trouble)
+        self.trouble = self.output.trouble or ""
+        if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
+            self._publish(name, moved)
+        return True
+
+    def _publish(self, name: str, moved: int) -> None:
+        """Tell subscribers what was captured, from what they were told last, whole characters where possible."""
+        end = self.output.span(name)[1]
+        start = self._shown[name]
+        if not end - moved - 4 < start <= end:  # nobody listened for a while
+            start = end - moved
+        got = self.output.read(name, start, end - start)
+        data = got.data[:whole_characters(got.data)]
+        self._shown[name] = got.offset + len(data)
+        if data:
+            self._desk.feed.output(self._agent_id, name, data, got.offset, eof=False)
+
+    def _end_of(self, name: str) -> None:
+        """The stream is over: tell what was held back, and that nothing follows."""
+        self._desk.reactor.unwatch(self._watches.pop(name))
+        os.close(self._fds.pop(name))
+        end = self.output.span(name)[1]
+        if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
+            start = self._shown[name] if end - 4 < self._shown[name] <= end else end
+            data = self.output.read(name, start, end - start).data
+            self._desk.feed.output(self._agent_id, name, data, end - len(data), eof=True)
+        if not self._fds:
+            self.output.close()
+
+    def shown(self, name: str) -> int:
+        """Return the offset from which the next published bytes of a stream will be."""
+        end = self.output.span(name)[1]
+        return self._shown[name] if end - 4 < self._shown[name] <= end else end
+
+    def is_open(self, name: str) -> bool:
+        """Whether more output of this stream may come."""
+        return name in self._fds
+
+    def drain(self) -> bool:
+        """Take over what the pipes hold now; return whether both streams have ended."""
+        for name in list(self._fds):
+            for _ in range(DRAIN_CHUNKS):
+                if not self._capture(name):
+                    break
+        return not self._fds
+
+    def close(self) -> None:
+        """Let go of every pipe and timer, whoever else still holds them."""
+        for name in list(self._fds):
+            self._end_of(name)
+        self._close_stdin()
+        for timer in (self.ladder, self.limit):
+            if timer is not None:
+                timer.cancel()
+
+    # ------------------------------------------------------------ stdin
+
+    @property
+    def stdin_open(self) -> bool:
+        """Whether stdin still takes data."""
+        return self._stdin >= 0 and not self._closing
+
+    def write(self, data: bytes) -> int:
+        """Accept all of `data` or nothing; return how much still waits for the agent to read."""
+        if not self.stdin_open:
+            raise RequestError("the agent's stdin is closed", "stdin_closed")
+        limit = self._desk.stdin_limit
+        if len(self._buffer) + len(data) > limit:
+            raise RequestError(
+                f"{len(data)} bytes do not fit: {len(self._buffer)} of {limit} wait for the agent to read them; "
+                "send less at once, or again later", "stdin_full")
+        self._buffer += data
+        self._flush()
+        return len(self._buffer)
+
+    def close_stdin(self) -> None:
+        """Close after what is buffered has been written."""
+        if not self.stdin_open:
+            raise RequestError("the agent's stdin is closed already", "stdin_closed")
+        self._closing = True
+        self._flush()
+
+    def _flush(self, _mask: int = 0) -> None:
+        try:
+            while self._buffer:
+                del self._buffer[:os.write(self._stdin, self._buffer[:65536])]
+        except BlockingIOError:
+            if self._stdin_watch is None:
+                self._stdin_watch = self._desk.reactor.watch(self._stdin, WRITE, self._flush)
+            return
+        except OSError as e:
+            self._close_stdin()
+            gone = e.errno == errno.EPIPE
+            self._desk.stdin_ended(
+                self._agent_id, "the agent closed its stdin" if gone else f"stdin failed: {os.strerror(e.errno or 0)}")
+            return
+        self._desk.reactor.unwatch(self._stdin_watch)
+        self._stdin_watch = None
+        if self._closing:
+            self._close_stdin()
+            self._desk.stdin_ended(self._agent_id, "stdin was closed")
+
+    def _close_stdin(self) -> None:
+        if self._stdin >= 0:
+            self._desk.reactor.unwatch(self._stdin_watch)
+            self._stdin_watch = None
+            os.close(self._stdin)
+            self._stdin = -1
+            self._buffer.clear()
+
+
+def whole_characters(data: bytes) -> int:
+    """Return how many bytes of `data` do not end within a UTF-8 character (RFC 3629); all if none would be left."""
+    for back in range(1, min(3, len(data) - 1) + 1):
+        byte = data[-back]
+        if byte & 0xC0 == 0x80:
+            continue
+        needs = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
+        return len(data) - back if needs > back else len(data)
+    return len(data)

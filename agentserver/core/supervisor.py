@@ -1,0 +1,412 @@
+"""Policy: what is wanted against what is, for every agent.
+
+Owns:    the agents, what each command means for one of them, limits, retention, and the server's own end.
+Runs in: the core's thread. Commands start things; ends arrive as events (ending.py).
+Unaware: of messages, replies and request ids (control.py), and of sockets (service.py).
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from signal import SIGCONT, SIGKILL, SIGSTOP
+from typing import Callable, Iterator, Mapping
+
+from ..config import ServerConfig
+from ..errors import RequestError
+from ..messages import AgentConfig, Json, new_id, read, rfc3339, to_wire
+from . import backends, lifecycle, process, tree
+from .agent import Agent, new_record
+from .counters import Counters
+from .ending import Ending, exit_record
+from .family import Family
+from .feed import Feed
+from .output import OutputLog
+from .reactor import Reactor
+from .registry import Registry
+from .run import Cause, Run
+
+KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
+
+
+class Supervisor:
+    """See the module. Everything it needs from outside is an argument."""
+
+    def __init__(self, config: ServerConfig, reactor: Reactor, registry: Registry, feed: Feed, counters: Counters,
+                 environ: Mapping[str, str], nofile: int, subreaper: bool, say: Callable[[str], None]) -> None:
+        self.config, self.reactor, self.registry, self.feed, self.counters = config, reactor, registry, feed, counters
+        self.stdin_limit = config.stdin_buffer_bytes
+        self.agents: dict[str, Agent] = {}
+        self._finished: dict[str, None] = {}  # ids of finished agents, oldest end first
+        self._environ, self._nofile, self._say = environ, nofile, say
+        self._backends = backends.all_backends(config.backends)
+        self._boot = tree.boot_id()
+        self.family = Family(subreaper)
+        self.ending = Ending(reactor, self.family, config.drain_secs, config.finish_secs, self._on_end, say)
+        self.state = "up"  # up, draining, down
+        self.ending_all = False  # a graceful end has begun; a drain only waits
+        self._on_down: Callable[[], None] = lambda: None
+
+    # ------------------------------------------------------------ who is there
+
+    @property
+    def live(self) -> Iterator[Agent]:
+        """The agents that have a process."""
+        return iter([agent for agent in self.agents.values() if agent.alive])
+
+    @property
+    def active(self) -> int:
+        """How many agents have a process; `max_agents` bounds this."""
+        return len(self.agents) - len(self._finished)
+
+    def find(self, ref: str) -> Agent:
+        """Return the agent that a request names: by id, by name (live, else the newest finished), by prefix."""
+        agent = self.agents.get(ref)
+        if agent is not None:
+            return agent
+        named = [agent for agent in self.agents.values() if agent.name == ref]
+        alive = [agent for agent in named if agent.id not in self._finished]
+        finished = [agent for agent in named if agent.id in self._finished][-1:]
+        starting = [agent for agent in self.agents.values() if len(ref) >= 4 and agent.id.startswith(ref)]
+        for found in (alive, finished, starting):
+            if len(found) > 1:
+                ids = ", ".join(agent.id for agent in found[:5])
+                raise RequestError(f"{ref!r} could be any of {len(found)} agents ({ids}); use an id", "ambiguous_agent")
+            if found:
+                return found[0]
+        raise RequestError(f"there is no agent {ref!r}; list_agents_request with all=true shows every one that is "
+                           "still known", "agent_not_found")
+
+    # ------------------------------------------------------------ spawn
+
+    def check_room(self) -> None:
+        """Refuse new work when the server is full, ending, or cannot remember it."""
+        if self.state != "up":
+            raise RequestError("the server is shutting down and takes no new work", "shutting_down")
+        if self.registry.trouble:
+            raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); free some disk space",
+                               "unavailable")
+        if self.active >= self.config.max_agents:
+            raise RequestError(f"{self.active} agents are running and max_agents is {self.config.max_agents}; "
+                               "stop one, or raise max_agents", "limit_reached")
+
+    def spawn(self, config: AgentConfig, metadata: Json, request_id: str) -> Agent:
+        """Start an agent; raise `RequestError`, leaving no trace, when it cannot be started."""
+        self.check_room()
+        launch = self._plan(config)
+        agent_id = new_id()
+        limits = config.limits.runtime_secs if config.limits else None
+        record = new_record(
+            name=config.name, model_backend=config.model_backend, task=config.task, command=launch.argv,
+            cwd=os.path.abspath(os.path.join(self.config.agent_dir, config.cwd or "")), stdin=launch.stdin,
+            grace_secs=self.config.grace_secs if config.grace_secs is None else config.grace_secs,
+            runtime_secs=limits or self.config.runtime_secs, labels=config.labels, metadata=metadata,
+            created_at=time.time(), boot=self._boot)
+        agent = Agent(agent_id, self._output(agent_id), {**record, "finish": launch.finish})
+        agent.step(lifecycle.START)
+        self.registry.add_agent(agent_id, agent.created_at, request_id, to_wire(config), agent.record())
+        self.registry.commit()  # known before it exists: a death of ours between here and the reply leaves no ghost
+        try:
+            self._start(agent, launch)
+        except RequestError:
+            self._erase(agent)
+            raise
+        self.agents[agent_id] = agent
+        self._started(agent)
+        return agent
+
+    def _plan(self, config: AgentConfig) -> backends.Launch:
+        return backends.plan(config, self._backends, self._environ, self.config.pass_environment)
+
+    def environment_names(self, config: AgentConfig) -> list[str]:
+        """Return the names, never the values, of what an agent finds in its environment."""
+        launch = self._plan(config)
+        return sorted({*launch.environment, *launch.files, tree.MARK})
+
+    def _output(self, agent_id: str) -> OutputLog:
+        return OutputLog(self._directory(agent_id), self.config.output_cap_bytes)
+
+    def _directory(self, agent_id: str) -> str:
+        return os.path.join(self.config.state_dir, "agents", agent_id)
+
+    def _start(self, agent: Agent, launch: backends.Launch) -> None:
+        directory = self._directory(agent.id)
+        _write_files(directory, launch.files)
+        environment = {**launch.environment_in(directory), tree.MARK: agent.id}
+        child = process.spawn(launch.argv, environment, agent.cwd, launch.stdin == "pipe", self._nofile)
+        agent.pid, agent.started_at = child.pid, time.time()
+        seen = tree.look(child.pid)
+        agent.start = seen.start if seen else None
+        agent.run = Run(agent.id, child, agent.output, self)
+        self.family.add(agent)
+
+    def _started(self, agent: Agent) -> None:
+        assert agent.run is not None
+        agent.step(lifecycle.STARTED)
+        if agent.runtime_secs:
+            agent.run.limit = self.reactor.after(agent.runtime_secs, lambda: self._limit(agent, "runtime_secs"))
+        self.registry.save_agent(agent.id, None, agent.record())
+        self.feed.agent_event(agent.id, "status_changed", agent.status, f"started as process {agent.pid}",
+                              {"attempt": agent.attempt, "pid": agent.pid})
+
+    # ------------------------------------------------------------ what may be asked of one agent
+
+    def running(self, agent: Agent, verb: str) -> Run:
+        """Return the live run of an agent, or refuse what cannot be done without one."""
+        if agent.run is None or not agent.alive or agent.run.ended is not None:
+            raise RequestError(f"{agent.label()} is {agent.status} and cannot be {verb}", "invalid_state")
+        return agent.run
+
+    def stop(self, agent: Agent, by: str, grace_secs: float | None, reason: str = "stop", want: str = "down") -> None:
+        """Begin the stop ladder. The intent is on disk before the first signal, so that nothing can undo it."""
+        self.running(agent, "stopped")
+        self._want(agent, want)
+        self.ending.begin(agent, Cause(reason, by), agent.grace_secs if grace_secs is None else grace_secs)
+
+    def kill(self, agent: Agent, by: str, reason: str = "kill") -> None:
+        """SIGKILL the whole tree."""
+        self.running(agent, "killed")
+        self._want(agent, "down")
+        self.ending.kill(agent, Cause(reason, by))
+
+    def _want(self, agent: Agent, want: str) -> None:
+        if agent.want != want:
+            agent.want = want
+            agent.changed()
+            self.registry.save_agent(agent.id, None, agent.record())
+            self.registry.commit()
+
+    def restart(self, agent: Agent, by: str, grace_secs: float | None) -> int:
+        """Start a new attempt, after ending the one that runs; return its number."""
+        if self.state != "up":
+            raise RequestError("the server is shutting down and restarts nothing", "shutting_down")
+        if agent.alive:
+            self.stop(agent, by, grace_secs, reason="stop", want="restart")
+            return agent.attempt + 1
+        self.check_room()
+        self._again(agent)
+        return agent.attempt
+
+    def _again(self, agent: Agent) -> None:
+        self.ending.close(agent)
+        launch = self._plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
+        agent.step(lifecycle.RESTART)
+        self._finished.pop(agent.id, None)
+        agent.attempt, agent.want, agent.exit, agent.finished_at = agent.attempt + 1, "up", None, None
+        agent.boot, agent.command = self._boot, launch.argv
+        try:
+            self._start(agent, launch)
+        except RequestError as e:
+            self._on_end(agent, lifecycle.NOT_STARTED, exit_record("not_started", None, 0.0, None, []), str(e))
+            raise
+        self._started(agent)
+
+    def pause(self, agent: Agent) -> str:
+        """SIGSTOP the whole tree; return the mode."""
+        run = self.running(agent, "paused")
+        if run.cause is not None or agent.status == lifecycle.PAUSED:
+            what = "being stopped" if run.cause is not None else "paused already"
+            raise RequestError(f"{agent.label()} is {what}", "invalid_state")
+        self.family.signal_all(agent, SIGSTOP, "TtZX")
+        agent.step(lifecycle.PAUSE)
+        agent.paused_at, agent.pause_mode = time.time(), "forced"
+        self._changed(agent, "paused: the whole tree got SIGSTOP")
+        return "forced"
+
+    def resume(self, agent: Agent) -> None:
+        """SIGCONT the whole tree."""
+        self.running(agent, "resumed")
+        if agent.status != lifecycle.PAUSED:
+            raise RequestError(f"{agent.label()} is {agent.status}, not paused", "invalid_state")
+        self.family.signal(agent, SIGCONT)
+        agent.step(lifecycle.RESUME)
+        agent.paused_at = agent.pause_mode = None
+        self._changed(agent, "resumed: the whole tree got SIGCONT")
+
+    def signal(self, agent: Agent, number: int, by: str) -> None:
+        """Signal the whole tree. Stopping and continuing are pause and resume, so that the status stays true."""
+        run = self.running(agent, "signalled")
+        if number == SIGSTOP and agent.status != lifecycle.PAUSED and run.cause is None:
+            self.pause(agent)
+        elif number == SIGCONT and agent.status == lifecycle.PAUSED:
+            self.resume(agent)
+        else:
+            run.signalled[number] = by
+            if number == SIGKILL:
+                self.ending.name(agent)
+            self.family.signal(agent, number)
+
+    def _changed(self, agent: Agent, message: str) -> None:
+        self.registry.save_agent(agent.id, None, agent.record())
+        self.feed.agent_event(agent.id, "status_changed", agent.status, message)
+
+    def remove(self, agent: Agent) -> None:
+        """Forget a finished agent and its output."""
+        if agent.alive:
+            raise RequestError(f"{agent.label()} is {agent.status}; stop it before it is removed", "invalid_state")
+        self._forget(agent)
+
+    def _forget(self, agent: Agent) -> None:
+        self.ending.close(agent)
+        del self.agents[agent.id]
+        self._finished.pop(agent.id, None)
+        self._erase(agent)
+
+    def _erase(self, agent: Agent) -> None:
+        agent.output.close()
+        self.registry.remove_agent(agent.id)
+        shutil.rmtree(self._directory(agent.id), ignore_errors=True)
+
+    # ------------------------------------------------------------ what happens to them
+
+    def _limit(self, agent: Agent, which: str) -> None:
+        if agent.run is not None and agent.alive and agent.run.cause is None:
+            self._want(agent, "down")
+            self.ending.begin(agent, Cause(f"limit:{which}", "server"), agent.grace_secs)
+
+    def stdin_ended(self, agent_id: str, why: str) -> None:
+        """Tell that an agent's stdin was closed."""
+        agent = self.agents.get(agent_id)
+        if agent is not None:
+            self.feed.agent_event(agent_id, "status_changed", agent.status, why, {"stdin": "closed"})
+
+    def disk_trouble(self, agent_id: str, why: str) -> None:
+        """Tell that output is being lost because it cannot be written."""
+        self._say(f"output of agent {agent_id} cannot be recorded: {why}")
+        self.feed.agent_event(agent_id, "error", self.agents[agent_id].status,
+                              f"output cannot be recorded: {why}; the gap shows in the offsets")
+
+    def _on_end(self, agent: Agent, given: str, record: Json, why: str = "") -> None:
+        """An attempt is over and nothing of it runs: record it, tell it, and do what is wanted next."""
+        again = agent.want == "restart" and self.state == "up"
+        agent.step(given)
+        agent.exit, agent.finished_at, agent.pid = record, time.time(), None
+        agent.paused_at = agent.pause_mode = None
+        if agent.want == "restart":
+            agent.want = "down"
+        self._finished[agent.id] = None
+        self.registry.save_attempt(agent.id, agent.attempt, {
+            "attempt": agent.attempt, "started_at": rfc3339(agent.started_at) if agent.started_at else None,
+            "exit": record})
+        self.registry.save_agent(agent.id, agent.finished_at, agent.record())
+        kind = {lifecycle.COMPLETED: "completed", lifecycle.TERMINATED: "terminated"}.get(agent.status, "error")
+        self.feed.agent_event(agent.id, kind, agent.status, why or summary(record), {"exit": record})
+        if again:
+            try:
+                self._again(agent)
+            except RequestError as e:
+                self._say(f"{agent.label()} could not be restarted: {e}")
+        self.retain()
+        self._maybe_down()
+
+    # ------------------------------------------------------------ over time
+
+    def load(self) -> None:
+        """Take over what the registry knows; end by identity what a dead core left running."""
+        marks = None
+        for agent_id, record in self.registry.agents():
+            try:
+                agent = Agent(agent_id, self._output(agent_id), {**new_record(), **record})
+                self.agents[agent_id] = agent
+            except Exception as e:
+                self.registry.quarantine(agent_id, repr(e), str(record))
+                continue
+            if agent.status in lifecycle.TERMINAL:
+                continue
+            if marks is None:
+                marks = tree.marked()
+            self._lost(agent, marks.get(agent_id, []))
+        ended = sorted((agent.finished_at or 0, agent.id) for agent in self.agents.values())
+        self._finished = {agent_id: None for _, agent_id in ended}
+        self.retain()
+
+    def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
+        """End what is left of an agent whose core died, and record it. Its output so far is kept."""
+        leader = tree.look(agent.pid) if agent.pid and agent.boot == self._boot else None
+        if leader is not None and leader.start == agent.start and leader.state != "Z" \
+                and leader.pid not in {proc.pid for proc in left}:
+            left = [leader, *left]
+        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left]
+        tree.end(left)
+        agent.want = "down"
+        duration = time.time() - (agent.started_at or agent.created_at)
+        self._on_end(agent, lifecycle.LOST, exit_record("lost", "server", duration, None, leaked),
+                     "the server's core died; what was left of the agent was ended")
+
+    def retain(self) -> None:
+        """Forget the oldest finished agents past `history_agents` or `history_secs`."""
+        oldest_kept = time.time() - self.config.history_secs
+        while self._finished:
+            agent = self.agents[next(iter(self._finished))]
+            if len(self._finished) <= self.config.history_agents and (agent.finished_at or 0) >= oldest_kept:
+                return
+            self._forget(agent)
+
+    def heartbeat(self) -> None:
+        """Tell listeners who is there, and whose output has grown."""
+        self.feed.server_heartbeat(self.config.server_id, self.state, self.active)
+        for agent in self.live:
+            size = sum(agent.output.span(stream)[1] for stream in ("stdout", "stderr"))
+            self.feed.heartbeat(agent.id, "output_available" if size != agent.reported else "heartbeat", agent.status)
+            agent.reported = size
+        self.retain()
+
+    # ------------------------------------------------------------ the server's own end
+
+    def announce(self, state: str) -> None:
+        """Enter a state of the server and tell it."""
+        self.state = state
+        self.feed.server_event(self.config.server_id, state, self.active)
+
+    def shutdown(self, mode: str, grace_secs: float | None, by: str, done: Callable[[], None]) -> None:
+        """Take no more work; end all agents in bounded time, or (drain) wait for them. Asked again, it hurries."""
+        self._on_down = done
+        if self.state == "up":
+            self.announce("draining")
+        if mode == "drain":
+            self._maybe_down()
+            return
+        self.ending_all = True
+        bound = max(0.0, self.config.shutdown_timeout_secs - KILL_MARGIN_SECS)
+        for agent in self.live:
+            if agent.run is not None and agent.run.ended is None:
+                grace = agent.grace_secs if grace_secs is None else grace_secs
+                self.stop(agent, by, min(grace, bound), reason="shutdown")
+        self.reactor.after(bound, self.hurry)
+        self.reactor.after(self.config.shutdown_timeout_secs, self._down)
+        self._maybe_down()
+
+    def hurry(self) -> None:
+        """SIGKILL whatever still runs."""
+        for agent in self.live:
+            if agent.run is not None and agent.run.ended is None:
+                self.kill(agent, "server", "shutdown")
+
+    def _maybe_down(self) -> None:
+        if self.state == "draining" and not self.active:
+            self._down()
+
+    def _down(self) -> None:
+        if self.state != "down":
+            for agent in self.live:
+                self._say(f"{agent.label()} could not be ended in time")
+            self.announce("down")
+            self._on_down()
+
+
+def _write_files(directory: str, files: Mapping[str, str]) -> None:
+    """Write what an agent is to find in files, for its user's eyes only."""
+    if files:
+        os.makedirs(directory, 0o700, exist_ok=True)
+    for name, text in files.items():
+        fd = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+
+
+def summary(record: Json) -> str:
+    """Return an exit record in a few words."""
+    how = f"exit code {record['code']}" if record["code"] is not None else record["signal"] or "unknown end"
+    by = f" by {record['by']}" if record["by"] else ""
+    left = f"; {len(record['leaked'])} process(es) of its tree had to be killed" if record["leaked"] else ""
+    return f"{record['reason']}{by}: {how}{left}"

@@ -1,0 +1,268 @@
+"""AgentServer: the shell as a Python object.
+
+Owns:    the shell's lock, its sockets and the order in which they come and go.
+Runs in: `start` blocks the thread that calls it; everything else may be called from any thread.
+Unaware: of agents. What happens to them at the end is the core's business; it is only asked to shut down.
+"""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Dict, Optional
+
+import zmq
+
+from ..core.link import FrameLink, LineLink, dial, socket_path
+from ..errors import LinkError, RequestError, StartError
+from ..messages import Health, ServerStats, encode, new_id
+from .endpoints import Bound, bind, rep_socket
+from .loop import Owner, RepLoop
+from .monitor import Monitor
+
+if TYPE_CHECKING:
+    from ..config import ServerConfig
+
+Json = Dict[str, Any]
+
+NO_PUBLISHING = "none"
+_ABSENT_SECS = 1.0        # a core without its socket for so long has ended on purpose
+_CRASHED_SECS = 3.0       # while closing, nobody waits longer for a core that died
+_LAST_REPLY_MS = 500      # for replies that are still on their way out at the end
+
+
+class AgentServer:
+    """A server on this machine. An object serves once.
+
+    `start` takes over the thread that calls it, and starts a detached keeper (which starts the core)
+    when the state directory has none. `stop` ends the server gracefully, agents included.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config = config.resolved(os.getcwd())
+        self._state_dir = config.state_dir
+        self._stopper = Stopper(config.shutdown_timeout_secs + 10.0)
+        self._running = threading.Event()
+        self._started = False
+        self._bound = (config.endpoint, "" if config.pub_endpoint == NO_PUBLISHING else config.pub_endpoint)
+
+    @property
+    def endpoint(self) -> str:
+        """Where requests are taken; the real port once the server runs."""
+        return self._bound[0]
+
+    @property
+    def pub_endpoint(self) -> str:
+        """Where events are published; `""` when they are not."""
+        return self._bound[1]
+
+    def start(self) -> None:
+        """Serve until `stop`, a shutdown request, or Ctrl-C (a graceful end too; a second one hurries).
+
+        Raises `StartError`: already served, address in use, the core does not start.
+        """
+        if self._started:
+            raise StartError("this AgentServer has been started before; make a new one")
+        self._started = True
+        if self._stopper.asked:
+            return
+        with ShellLock(self._state_dir):
+            front = Front(self._config, self._state_dir)
+            try:
+                self._bound = front.open(self._config.endpoint, self._config.pub_endpoint)
+                self._start_core()
+                self._run(front)
+            finally:
+                self._running.clear()
+                front.close()
+        _await_unlocked(os.path.join(self._state_dir, "keeper.lock"), _CRASHED_SECS)
+
+    def _start_core(self) -> None:
+        try:
+            dial(socket_path(self._state_dir)).close()
+        except LinkError:
+            from ..core.keeper import start_detached
+            start_detached(self._config)
+
+    def _run(self, front: Front) -> None:
+        loop = front.loop(self._stopper)
+        self._running.set()
+        try:
+            loop.run()
+        except KeyboardInterrupt:
+            self.stop()
+            loop.run()
+            raise
+
+    def stop(self) -> None:
+        """End the server gracefully; returns at once, `start` returns when it is done.
+
+        Callable from any thread and from a signal handler, also before `start`, which then does nothing.
+        """
+        self._stopper.stop()
+
+    def is_running(self) -> bool:
+        """Whether requests are being served."""
+        return self._running.is_set()
+
+    def wait_running(self, timeout: Optional[float] = None) -> bool:
+        """Wait until requests are served, for at most `timeout` seconds; return whether they are."""
+        return self._running.wait(timeout)
+
+    def stats(self) -> ServerStats:
+        """Return the server's counters (all zero when it does not run); `LinkError` when its core is away."""
+        return ServerStats.of(self._ask("stats_request").get("stats"))
+
+    def active_agent_count(self) -> int:
+        """Return how many agents are not finished; 0 when the server does not run."""
+        return Health.of(self._ask("health_check_request")).active_agents
+
+    def uptime_secs(self) -> float:
+        """Return since when the server is up, in seconds, across deaths of its parts; 0 when it does not run."""
+        return Health.of(self._ask("health_check_request")).uptime_secs
+
+    def _ask(self, kind: str) -> Json:
+        if not self.is_running():
+            return {}
+        link = LineLink(socket_path(self._state_dir))  # one per call: links belong to one thread
+        try:
+            raw = link.request(encode({"type": kind, "request_id": new_id()}), self._config.request_timeout_secs)
+        finally:
+            link.close()
+        reply: Json = json.loads(raw)
+        if not reply.get("success", True):
+            raise RequestError(str(reply.get("error")), str(reply.get("error_code") or ""), reply)
+        return reply
+
+
+class Stopper:
+    """The owner of a loop that runs in somebody's own process: ends when the core has ended."""
+
+    def __init__(self, most_secs: float) -> None:
+        self.wake_fd, self._waker = os.pipe()
+        os.set_blocking(self.wake_fd, False)
+        os.set_blocking(self._waker, False)
+        self._most_secs = most_secs
+        self._deadline = float("inf")
+        self.asked = False
+        self.closing = False
+
+    def stop(self) -> None:
+        """Ask for the end; no lock and no waiting, because a signal handler may call it."""
+        self.asked = True
+        try:
+            os.write(self._waker, b"\0")
+        except OSError:
+            pass  # full: it was asked already
+
+    def woken(self) -> None:
+        """Note that the end was asked for."""
+        try:
+            os.read(self.wake_fd, 4096)
+        except OSError:
+            pass
+        if not self.closing:
+            self.closing = True
+            self._deadline = time.monotonic() + self._most_secs
+
+    def over(self, absent: bool, gone_secs: float) -> bool:
+        """Whether the core has ended: it took its socket away, or it died while it was to end."""
+        if self.closing:
+            return absent or gone_secs > _CRASHED_SECS or time.monotonic() > self._deadline
+        return absent and gone_secs > _ABSENT_SECS
+
+    def __del__(self) -> None:
+        os.close(self.wake_fd)  # not sooner: `stop` may be called at any time
+        os.close(self._waker)
+
+
+class Front:
+    """The sockets of one serving shell: REP, XPUB with its monitor thread, and the link to the core."""
+
+    def __init__(self, config: ServerConfig, state_dir: str) -> None:
+        self._config = config
+        self._core = socket_path(state_dir)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._rep = rep_socket(self._context)
+        self._bound: Optional[Bound] = None
+        self._monitor: Optional[Monitor] = None
+        self._link: Optional[FrameLink] = None
+        self._hello: Json = {}
+
+    def open(self, endpoint: str, pub_endpoint: str, patience_secs: float = 0.0) -> tuple[str, str]:
+        """Bind both sockets and return their real addresses; raise `StartError`."""
+        self._bound = bind(self._rep, endpoint, patience_secs)
+        self._hello = {"role": "requests", "pid": os.getpid(), "endpoint": self._bound.endpoint, "pub_endpoint": ""}
+        if pub_endpoint and pub_endpoint != NO_PUBLISHING:
+            self._monitor = Monitor(self._context, self._core, pub_endpoint, patience_secs)
+            self._hello["pub_endpoint"] = self._monitor.start(self._bound.endpoint)
+        return self._bound.endpoint, str(self._hello["pub_endpoint"])
+
+    def loop(self, owner: Owner) -> RepLoop:
+        """Return the loop that serves requests for this owner."""
+        self._link = FrameLink(self._core, self._hello)
+        return RepLoop(self._rep, self._link, owner, self._config.request_timeout_secs)
+
+    def close(self) -> None:
+        """Stop the monitor, let the last replies out, close everything; safe to call half-way."""
+        if self._monitor is not None:
+            self._monitor.stop()
+        self._rep.close(linger=_LAST_REPLY_MS)
+        if self._link is not None:
+            self._link.close()
+        self._context.term()
+        if self._bound is not None:
+            self._bound.release()
+
+
+class ShellLock:
+    """One shell per state directory: `shell.lock`, held by flock(2), which a death of ours releases."""
+
+    def __init__(self, state_dir: str) -> None:
+        self._state_dir = state_dir
+        self._fd = -1
+
+    def __enter__(self) -> ShellLock:
+        path = os.path.join(self._state_dir, "shell.lock")
+        try:
+            os.makedirs(self._state_dir, 0o700, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as e:
+            raise StartError(f"the state directory {self._state_dir} cannot be written ({e.strerror}); "
+                             "choose another one with --state-dir") from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.__exit__()
+            raise StartError(f"the state directory {self._state_dir} is already served; "
+                             "stop that server first, or choose another --state-dir") from None
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        os.close(self._fd)
+
+
+def _await_unlocked(path: str, secs: float) -> None:
+    """Wait until nobody holds a lock, so that who comes after us finds the state directory free."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return
+    deadline = time.monotonic() + secs
+    try:
+        while time.monotonic() < deadline:
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.02)
+    finally:
+        os.close(fd)
+
+
+def main(channel: socket.socket) -> int:
+    """Run as the keeper's shell process; see `child`."""
+    from .child import main as run
+    return run(channel)

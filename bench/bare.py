@@ -1,0 +1,191 @@
+"""The raw limits: nothing but the mechanism itself, in as few lines as Python needs.
+
+Owns:    the bases that agentserver is measured against.
+Runs in: the benchmark process, or (`rep`, `relay`) a process of its own: `python bare.py rep FILE`.
+Unaware: of agentserver.
+"""
+from __future__ import annotations
+
+import json
+import os
+import select
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Sequence
+
+#: waits for the end of its stdin, then says when it ended
+LAST_WORDS = (sys.executable, "-S", "-E", "-c",
+              "import os, time; os.read(0, 1); os.write(1, b'%d' % time.monotonic_ns()); os._exit(0)")
+#: prints the time, line by line
+CLOCK = ("import os, sys, time\nos.read(0, 1)\n"
+         "for _ in range(int(sys.argv[1])):\n"
+         "    os.write(1, b'%d\\n' % time.monotonic_ns()); time.sleep(float(sys.argv[2]))\n")
+CHUNK = 65536
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """Give a directory that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="asbench-") as directory:
+        yield Path(directory)
+
+
+# ---------------------------------------------------------------- requests
+
+#: as large as a real reply to a health check
+SAMPLE = {"type": "health_check_response", "request_id": "1", "success": True, "healthy": True,
+          "protocol_version": "1.0.0", "uptime_secs": 12.345678, "active_agents": 0,
+          "metadata": {"server_id": "agentserver", "endpoint": "tcp://127.0.0.1:5555",
+                       "pub_endpoint": "tcp://127.0.0.1:5556", "max_agents": "100", "version": "0.1.0",
+                       "hostname": "localhost", "pid": "1234", "shell_pid": "1236", "core_pid": "1235",
+                       "generation": "1"}}
+
+
+@contextmanager
+def sample(reply: Any = None) -> Iterator[str]:
+    """Give a file that holds the reply to build."""
+    with scratch() as directory:
+        (directory / "reply.json").write_text(json.dumps(reply or SAMPLE))
+        yield str(directory / "reply.json")
+
+
+def rep(sample: str) -> None:
+    """A REP loop that parses each request and builds a reply of the size of `sample`."""
+    import zmq
+    reply = json.loads(Path(sample).read_bytes())
+    socket = zmq.Context().socket(zmq.REP)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    print(f"tcp://127.0.0.1:{port}", flush=True)
+    while True:
+        asked = json.loads(socket.recv())
+        reply["request_id"] = asked["request_id"]
+        socket.send(json.dumps(reply, separators=(",", ":")).encode())
+
+
+def relay(lines: str, pause: str) -> None:
+    """Read a child's lines and publish each: what lies between print and subscriber at least."""
+    import zmq
+    socket = zmq.Context().socket(zmq.XPUB)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    print(f"tcp://127.0.0.1:{port}", flush=True)
+    socket.recv()
+    child = subprocess.Popen([sys.executable, "-S", "-E", "-c", CLOCK, lines, pause],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.close()
+    pipe = child.stdout.fileno()
+    while data := os.read(pipe, CHUNK):
+        socket.send_multipart([b"topic", data])
+    child.wait()
+    sys.stdin.read()
+
+
+class Served:
+    """One of the loops above in a process of its own; a context manager that gives its endpoint."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._arguments = arguments
+
+    def __enter__(self) -> str:
+        self._process = subprocess.Popen([sys.executable, __file__, *self._arguments],
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().decode().strip()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+# ---------------------------------------------------------------- processes
+
+def popen(argv: Sequence[str]) -> "subprocess.Popen[bytes]":
+    """Start a program the way an agent is started: three pipes, a session of its own."""
+    return subprocess.Popen(list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def discard(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End what `popen` started."""
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate()
+
+
+def exit_notice() -> float:
+    """Return the seconds from a program's end to its notice by pidfd."""
+    child = popen(LAST_WORDS)
+    assert child.stdin is not None and child.stdout is not None
+    handle = os.pidfd_open(child.pid)
+    child.stdin.close()
+    select.select([handle], [], [])
+    seen = time.monotonic_ns()
+    said = int(os.read(child.stdout.fileno(), 64))
+    os.close(handle)
+    child.stdin = None
+    child.communicate()
+    return (seen - said) / 1e9
+
+
+# ---------------------------------------------------------------- capture
+
+def _read_write(pipe: int, file: int) -> int:
+    data = os.read(pipe, CHUNK)
+    return os.write(file, data) if data else 0
+
+
+def _splice(pipe: int, file: int) -> int:
+    return os.splice(pipe, file, CHUNK)
+
+
+def _movers() -> Dict[str, Callable[[int, int], int]]:
+    found: Dict[str, Callable[[int, int], int]] = {"read/write": _read_write}
+    if hasattr(os, "splice"):
+        found["splice"] = _splice
+    return found
+
+
+MOVERS = _movers()
+
+
+def capture(argv: Sequence[str], count: int, directory: Path, move: Callable[[int, int], int]) -> float:
+    """Return the seconds from start to end of file of `count` programs whose output goes to files."""
+    files = [os.open(directory / f"out-{index}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+             for index in range(count)]
+    began = time.monotonic()
+    children = [popen(argv) for _ in range(count)]
+    if count == 1:
+        assert children[0].stdout is not None
+        pipe = children[0].stdout.fileno()
+        while move(pipe, files[0]):
+            pass
+    else:
+        _capture_many(children, files, move)
+    took = time.monotonic() - began
+    for child, file in zip(children, files):
+        child.communicate()
+        os.close(file)
+    return took
+
+
+def _capture_many(children: List["subprocess.Popen[bytes]"], files: List[int],
+                  move: Callable[[int, int], int]) -> None:
+    with selectors.DefaultSelector() as selector:
+        for child, file in zip(children, files):
+            assert child.stdout is not None
+            selector.register(child.stdout.fileno(), selectors.EVENT_READ, file)
+        while selector.get_map():
+            for key, _mask in selector.select():
+                if not move(key.fd, key.data):
+                    selector.unregister(key.fd)
+
+
+if __name__ == "__main__":
+    {"rep": rep, "relay": relay}[sys.argv[1]](*sys.argv[2:])

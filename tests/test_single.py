@@ -1,0 +1,112 @@
+"""The single file, with and without pyzmq; and the other ways to start the program.
+
+Owns:    that dist/agentserver.pyz serves, controls and keeps exit codes, and that a path or `-m` does the same.
+Runs in: the test process; the file is run as real processes, away from the checkout.
+Unaware: of what the commands do beyond that.
+"""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from support import DEADLINE_SECS, MAIN, ROOT, Server, clean_environ
+
+from agentserver import __version__
+
+
+@pytest.fixture(scope="session")
+def pyz(run_dir: Path) -> Path:
+    """The single file, freshly built."""
+    target = run_dir / "agentserver.pyz"
+    subprocess.run([sys.executable, str(ROOT / "tools" / "single.py"), str(target)], check=True,
+                   stdout=subprocess.DEVNULL)
+    return target
+
+
+@pytest.fixture(params=["with pyzmq", "without pyzmq"])
+def environ(request: pytest.FixtureRequest, run_dir: Path) -> dict[str, str]:
+    """Variables under which the checkout cannot be imported, and pyzmq can or cannot."""
+    path = run_dir / "no-zmq"
+    path.mkdir(exist_ok=True)
+    (path / "zmq.py").write_text('raise ModuleNotFoundError("No module named \'zmq\'", name="zmq")\n')
+    return {"PYTHONPATH": str(path) if "without" in request.param else ""}
+
+
+def run(argv: list[str], state_dir: Path, environ: dict[str, str] | None = None,
+        cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end."""
+    return subprocess.run(argv, env=clean_environ(state_dir, environ), cwd=str(cwd or state_dir), text=True,
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          timeout=2 * DEADLINE_SECS)
+
+
+def test_the_file_serves_and_controls(pyz: Path, environ: dict[str, str],
+                                      start_server: Callable[..., Server]) -> None:
+    server = start_server(program=[sys.executable, str(pyz)], environ=environ, cwd=pyz.parent)
+    at = ["--server", server.address("unix")]
+
+    def command(*args: str) -> subprocess.CompletedProcess[str]:
+        return run([sys.executable, str(pyz), *args], server.state_dir, environ)
+    done = command("run", *at, "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "out\n", "err\n")
+    done = command("spawn", *at, "--name", "cat", "--", "cat")
+    assert done.returncode == 0, done.stderr
+    agent = done.stdout.strip()
+    assert command("send", *at, "cat", "hello", "--eof").returncode == 0
+    assert command("wait", *at, agent).returncode == 0
+    assert command("logs", *at, "cat").stdout == "hello\n"
+    assert command("info", *at, "nobody").returncode == 4
+
+
+def test_the_network_works_with_pyzmq_and_is_missed_in_one_sentence_without(
+        pyz: Path, environ: dict[str, str], start_server: Callable[..., Server]) -> None:
+    server = start_server(program=[sys.executable, str(pyz)], environ=environ, cwd=pyz.parent)
+    endpoint = server.metadata.get("endpoint") or "tcp://127.0.0.1:5555"
+    done = run([sys.executable, str(pyz), "run", "--server", endpoint, "--", "echo", "hello"],
+               server.state_dir, environ)
+    if environ["PYTHONPATH"]:
+        assert "pyzmq" in server.ready + server.errors.read_text()
+        assert done.returncode == 3 and "pyzmq" in done.stderr and done.stderr.count("\n") == 1
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "hello\n", "")
+
+
+def test_the_file_is_a_program_and_a_library(pyz: Path, state_dir: Path) -> None:
+    environ = {"PYTHONPATH": ""}
+    assert os.access(pyz, os.X_OK)
+    assert run([sys.executable, str(pyz), "--version"], state_dir, environ).stdout == f"agentserver {__version__}\n"
+    assert run([sys.executable, str(pyz), "no-such-command"], state_dir, environ).returncode == 2
+    code = "import agentserver; print(agentserver.__file__, agentserver.AgentClient.__name__)"
+    done = run([sys.executable, "-c", code], state_dir, {"PYTHONPATH": str(pyz)})
+    assert done.stdout == f"{pyz}/agentserver/__init__.py AgentClient\n", done.stderr
+
+
+def test_equal_sources_give_equal_bytes(pyz: Path, state_dir: Path) -> None:
+    again = state_dir / "again.pyz"
+    environ = {"TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}
+    done = run([sys.executable, str(ROOT / "tools" / "single.py"), str(again)], state_dir, environ)
+    assert done.returncode == 0, done.stderr
+    assert again.read_bytes() == pyz.read_bytes()
+
+
+@pytest.mark.parametrize("start", [[str(MAIN)], [str(MAIN.parent)], ["-P", str(MAIN)], ["-m", "agentserver"]],
+                         ids=["file", "folder", "file, safe path", "module"])
+def test_every_way_to_start_is_the_same_program(start: list[str], state_dir: Path) -> None:
+    if "-P" in start and sys.version_info < (3, 11):
+        pytest.skip("this Python has no -P")
+    done = run([sys.executable, *start, "--version"], state_dir)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"agentserver {__version__}\n", "")
+    assert run([sys.executable, *start, "no-such-command"], state_dir).returncode == 2
+
+
+def test_our_files_do_not_shadow_others(state_dir: Path) -> None:
+    """Run by path, `import config` must not find agentserver/config.py."""
+    code = (f"import sys, runpy; sys.argv = [{str(MAIN)!r}, '--version']; sys.path[0] = {str(MAIN.parent)!r}\n"
+            f"try: runpy.run_path({str(MAIN)!r}, run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            f"print({str(MAIN.parent)!r} in sys.path)")
+    assert run([sys.executable, "-c", code], state_dir).stdout.endswith("False\n")
