@@ -15,19 +15,9 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 
 from .core.link import LineLink, Link, NotThere, socket_path
 from .errors import LinkError, RequestError, RequestTimeout
-from .messages import (
-    AgentConfig,
-    AgentInfo,
-    BatchOutcome,
-    Chunk,
-    ExitRecord,
-    Health,
-    ServerStats,
-    encode,
-    new_id,
-    to_wire,
-    wire_text,
-)
+from .messages import AgentConfig
+from .results import AgentInfo, BatchOutcome, Chunk, ExitRecord, Health, ServerStats
+from .wire import encode, new_id, to_wire, wire_text
 
 Json = Dict[str, Any]
 Refs = Union[str, Sequence[str]]

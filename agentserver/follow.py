@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, 
 
 from .core.link import Link
 from .errors import AgentServerError, RequestTimeout
-from .messages import MAX_INT, MAX_READ, AgentInfo, Chunk
+from .messages import MAX_READ
+from .results import AgentInfo, Chunk
+from .wire import MAX_INT
 
 if TYPE_CHECKING:
     from .client import Agent, AgentClient
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 Json = Dict[str, Any]
 Output = Tuple[str, str, Chunk]
 
-_FIRST_LOOK = 0.05     # a subscription may take effect late; so look again soon, then ever less often
+_FIRST_LOOK = 0.05     # a subscription that nobody confirms may take effect late: look again soon, then less often
 _BLIND_SECS = 0.5      # how often to look when nothing is pushed at all (publishing off, server away)
 _STORED = frozenset(("status_changed", "error", "completed", "terminated"))
 
@@ -46,7 +48,7 @@ class Hints:
             reply = self._link.subscribe(self._topics)
             self.sequence = reply.get("sequence")
             self._listening = True
-            self._look_after = _FIRST_LOOK
+            self._look_after = self._link.recheck_secs if reply else _FIRST_LOOK
         except AgentServerError:
             self._listening = False
 

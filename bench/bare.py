@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
-#: waits for the end of its stdin, then says when it ended
-LAST_WORDS = (sys.executable, "-S", "-E", "-c",
-              "import os, time; os.read(0, 1); os.write(1, b'%d' % time.monotonic_ns()); os._exit(0)")
+#: says that it is there, waits for the end of its stdin, then says when it ended
+LAST_WORDS = (sys.executable, "-S", "-E", "-c", "import os, time; os.write(1, b'ready\\n'); os.read(0, 1); "
+                                                "os.write(1, b'%d' % time.monotonic_ns()); os._exit(0)")
+READY = 6  # bytes of it that come first
 #: prints the time, line by line
 CLOCK = ("import os, sys, time\nos.read(0, 1)\n"
          "for _ in range(int(sys.argv[1])):\n"
@@ -59,13 +60,14 @@ def rep(sample: str) -> None:
     """A REP loop that parses each request and builds a reply of the size of `sample`."""
     import zmq
     reply = json.loads(Path(sample).read_bytes())
+    encode = json.JSONEncoder(separators=(",", ":")).encode
     socket = zmq.Context().socket(zmq.REP)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     print(f"tcp://127.0.0.1:{port}", flush=True)
     while True:
         asked = json.loads(socket.recv())
         reply["request_id"] = asked["request_id"]
-        socket.send(json.dumps(reply, separators=(",", ":")).encode())
+        socket.send(encode(reply).encode())
 
 
 def relay(lines: str, pause: str) -> None:
@@ -124,6 +126,7 @@ def exit_notice() -> float:
     child = popen(LAST_WORDS)
     assert child.stdin is not None and child.stdout is not None
     handle = os.pidfd_open(child.pid)
+    os.read(child.stdout.fileno(), READY)
     child.stdin.close()
     select.select([handle], [], [])
     seen = time.monotonic_ns()

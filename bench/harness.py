@@ -152,7 +152,7 @@ class Server:
         self.state_dir = self.directory / "state"
         self.path = str(self.state_dir / "core.sock")
         self._settings = {"endpoint": "tcp://127.0.0.1:0", "pub_endpoint": "tcp://127.0.0.1:0",
-                          "max_agents": 2000, **settings}
+                          "max_agents": 1100, **settings}
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._client: Optional[UnixClient] = None
         self.metadata: Dict[str, str] = {}

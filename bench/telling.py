@@ -95,14 +95,19 @@ class Exit(Benchmark):
     def _one(self, hear: Callable[[], Dict[str, Any]]) -> float:
         assert self._server is not None
         agent = self._server.spawn(bare.LAST_WORDS)
+        until(lambda: self._read(agent, 0), 20, "the agent said nothing")
         self._server.control(agent, "close_stdin")
         while True:
             event = hear()
             heard = time.monotonic_ns()
             if event.get("agent_id") == agent and event.get("status") in ENDED:
                 break
-        said = int(self._server.control(agent, "read_stdout", offset=0)["data"])
-        return (heard - said) / 1e9
+        return (heard - int(self._read(agent, bare.READY))) / 1e9
+
+    def _read(self, agent: str, offset: int) -> str:
+        assert self._server is not None
+        data: str = self._server.control(agent, "read_stdout", offset=offset)["data"]
+        return data
 
 
 class Lines(Benchmark):

@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from agentserver import AgentClient, AgentServerError
-from agentserver.messages import new_id
+from agentserver.wire import new_id
 
 COUNT_WORDS = "import sys; print(len(sys.stdin.read().split()))"
 

@@ -107,10 +107,9 @@ def spawn_all(client: AgentClient, scratch: str) -> dict[str, Agent]:
     def python(name: str, *args: str) -> list[str]:
         return [sys.executable, str(AGENTS / f"{name}.py"), *args]
     return {
-        "reviewer": client.spawn(python("reviewer", str(SOURCES / "core"), str(SOURCES / "shell"), "--pace", "0.05"),
-                                 name="reviewer", stdin="null"),
+        "reviewer": client.spawn(python("reviewer", str(SOURCES), "--pace", "0.07"), name="reviewer", stdin="null"),
         "chat": client.spawn(python("answerer", str(SOURCES)), name="chat"),
-        "build": client.spawn(python("builder", str(SOURCES), scratch, "--pace", "0.04"),
+        "build": client.spawn(python("builder", str(SOURCES / "core"), scratch, "--pace", "0.04"),
                               name="build", stdin="null"),
         "stubborn": client.spawn(python("stubborn"), name="stubborn", stdin="null"),
         "release-check": client.spawn(python("checker", str(ROOT), "README.md", "LICENSE", "docs/signature.md"),

@@ -43,7 +43,7 @@ def start_server(run_dir: Path) -> Iterator[Callable[..., Server]]:
     with contextlib.ExitStack() as running:
         def start(*flags: str, state_dir: Path | None = None, **options: object) -> Server:
             server = Server(state_dir or short_dir(run_dir), *flags, **options)  # type: ignore[arg-type]
-            running.callback(lambda: server.process.poll() is None and server.close())
+            running.callback(server.close_if_running)
             return server
         yield start
 

@@ -119,19 +119,19 @@ class Server:
                 argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
                 cwd=str(cwd or ROOT), env=clean_environ(state_dir, environ))
         try:
-            self.ready = self._first_line()
-            networked = "://" in self.ready
+            self.ready = self._until_ready()
+            networked = "tcp://" in self.ready or "ipc://" in self.ready
             self.metadata: dict[str, str] = wait_until(
                 lambda: self._metadata_if(networked), what="the core to know where the shell listens")
         except BaseException:
             self.abandon()
             raise
 
-    def _first_line(self) -> str:
-        """Read until `serve` has said that it listens."""
+    def _until_ready(self) -> str:
+        """Return what `serve` says until it has said that it listens."""
         assert self.process.stdout is not None
         data, until = b"", time.monotonic() + DEADLINE_SECS
-        while b"\n" not in data:
+        while b" is ready: " not in data or not data.endswith(b"\n"):
             readable, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
             piece = os.read(self.process.stdout.fileno(), 65536) if readable else b""
             assert piece, f"serve did not become ready; it said {data!r}\n{self.logs()}"
@@ -188,14 +188,17 @@ class Server:
 
     def clear(self) -> None:
         """Kill and forget every agent, so that the next test finds an empty server."""
-        def alive() -> list[str]:
-            return [a["id"] for a in self.ask({"type": "list_agents_request"})["agents"]]
-        if alive():
-            self.ask({"type": "batch_control_command", "command_type": "kill", "agent_ids": alive()})
-            wait_until(lambda: not alive(), what="the agents of the last test to be gone")
-        finished = [a["id"] for a in self.ask({"type": "list_agents_request", "all": True})["agents"]]
-        if finished:
-            self.ask({"type": "batch_control_command", "command_type": "remove", "agent_ids": finished})
+        def some(**fields: Any) -> list[str]:
+            for limit in (100, 1):  # one at a time where a test left agents too heavy for one reply
+                reply = self.ask({"type": "list_agents_request", "limit": limit, **fields})
+                if reply["success"]:
+                    return [a["id"] for a in reply["agents"]]
+            raise AssertionError(reply)
+        while ids := some():
+            self.ask({"type": "batch_control_command", "command_type": "kill", "agent_ids": ids})
+            wait_until(lambda: not set(ids) & set(some()), what="the agents of the last test to be gone")
+        while ids := some(all=True):
+            self.ask({"type": "batch_control_command", "command_type": "remove", "agent_ids": ids})
 
     def logs(self) -> str:
         """Return what the server's processes said, for the message of a failing test."""
@@ -225,6 +228,13 @@ class Server:
                 os.kill(pid, signal.SIGKILL)
             except OSError:
                 continue
+
+    def close_if_running(self) -> None:
+        """Close, unless the test has ended the server itself."""
+        if self.process.poll() is None:
+            self.close()
+        elif self.process.stdout:
+            self.process.stdout.close()
 
     def close(self) -> None:
         """End the server and fail unless it ended well and left nothing behind."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agentserver import messages
+from agentserver import messages, wire
 from agentserver.core.backends import BUILTIN, Backend, Launch, all_backends, base_environment, from_section, plan
 from agentserver.errors import ConfigError, RequestError
 
@@ -18,7 +18,7 @@ MINIMAL = "Read,Write,Edit,Bash,Glob,Grep"
 
 def launch(backends: dict[str, dict[str, Any]] | None = None, environ: dict[str, str] | None = None,
            pass_environment: tuple[str, ...] = (), **config: Any) -> Launch:
-    return plan(messages.read(messages.AgentConfig, config), all_backends(backends or {}), environ or {},
+    return plan(wire.read(messages.AgentConfig, config), all_backends(backends or {}), environ or {},
                 pass_environment)
 
 

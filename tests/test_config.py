@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agentserver import config, messages
+from agentserver import config, wire
 from agentserver.config import SETTINGS, ServerConfig, check_endpoint, default_state_dir, load, settings_table
 from agentserver.core.backends import all_backends
 from agentserver.errors import ConfigError
@@ -46,7 +46,7 @@ def test_the_issue_s_defaults() -> None:
     assert (c.shutdown_timeout_secs, c.grace_secs, c.finish_secs, c.drain_secs) == (20.0, 10.0, 2.0, 0.2)
     assert (c.message_bytes, c.output_cap_bytes, c.stdin_buffer_bytes) == (10 << 20, 64 << 20, 1 << 20)
     assert (c.history_agents, c.history_secs) == (1000, 7 * 86400.0)
-    assert c.message_bytes == messages.MAX_MESSAGE == BY_NAME["message_bytes"].most
+    assert c.message_bytes == wire.MAX_MESSAGE == BY_NAME["message_bytes"].most
 
 
 def test_each_layer_wins_over_the_one_below(ini: Any) -> None:
@@ -228,7 +228,7 @@ def test_a_path_that_gets_too_long_is_refused() -> None:
 def test_json_round_trip(ini: Any) -> None:
     path = ini("[server]\ngrace_secs = 3\npass_environment = A B\n[backend x]\nargv = x\nenvironment.K = v\n")
     c = load({}, HOME, path)
-    obj = messages.decode(messages.encode(c.to_json()))
+    obj = wire.decode(wire.encode(c.to_json()))
     assert obj == c.to_json() and ServerConfig.from_json(obj) == c and c.backends["x"]["environment.K"] == "v"
     assert set(obj) == {f.name for f in fields(ServerConfig)}
     assert ServerConfig.from_json({**obj, "from_a_later_version": 1}) == c

@@ -196,7 +196,7 @@ def test_signals_by_name_and_number(wire: Wire) -> None:
 
 def test_unknown_signals_are_refused_and_change_nothing(wire: Wire) -> None:
     sleeper = wire.spawn("sleeper")
-    for wrong in ("SIGNONSENSE", "", "termm", 0, -1, 65, 10_000, 2 ** 70):
+    for wrong in ("SIGNONSENSE", "", "termm", 0, -1, 65, 10_000, 2 ** 63):
         wire.cannot("bad_request", sleeper, "signal", signal=wrong)
     for wrong_type in (True, 1.5, [], {}):
         wire.cannot("bad_request", sleeper, "signal", signal=wrong_type)
@@ -317,7 +317,7 @@ def test_a_list_too_long_for_one_reply_is_one_error(wire: Wire) -> None:
     heavy = [wire.ok("spawn_request", config={"command": agent("sleeper")}, metadata={"ballast": "x" * 6_000_000})
              ["agent_info"]["id"] for _ in range(2)]
     sentence = wire.refused("message_too_large", "list_agents_request")
-    assert "limit" in sentence
+    assert "less" in sentence
     assert [a["id"] for a in wire.agents(limit=1)] == heavy[:1]
     assert [a["id"] for a in wire.agents(limit=1, offset=1)] == heavy[1:]
 
@@ -434,12 +434,12 @@ def test_unknown_types_and_commands(wire: Wire) -> None:
     {"config": {"command": ["/bin/true"], "name": 5}}, {"config": {"command": ["/bin/true"], "limits": {"runtime_secs": 0}}},
     {"config": {"command": ["/bin/true"], "limits": {"runtime_secs": "1"}}},
     {"config": {"command": ["/bin/true"]}, "metadata": []}, {"config": {"command": ["/bin/true"]}, "timeout_secs": 0},
-    {"config": {"command": ["/bin/true"]}, "timeout_secs": "1"}, {"config": {"command": ["/bin/true"]}, "timeout_secs": 1e400},
+    {"config": {"command": ["/bin/true"]}, "timeout_secs": "1"},
     # what comes later is refused, not ignored, where ignoring it would hurt
     {"config": {"command": ["/bin/true"], "pty": {"rows": 24, "cols": 80}}}, {"config": {"command": ["/bin/true"], "queue": True}},
     {"config": {"command": ["/bin/true"], "stdin": "pty"}}, {"config": {"command": ["/bin/true"], "restart": {"policy": "always"}}},
     {"config": {"command": ["/bin/true"], "limits": {"memory_bytes": 10}}},
-    {"config": {"command": ["/bin/true"], "tool_level": "full"}},
+    {"config": {"command": ["/bin/true"], "tool_level": "readonly"}},
 ], ids=repr)
 def test_spawns_that_cannot_be_meant(wire: Wire, fields: dict) -> None:  # type: ignore[type-arg]
     wire.refused("bad_request", "spawn_request", **fields)
@@ -467,8 +467,8 @@ def test_request_ids_that_are_none(wire: Wire, request_id: object) -> None:
 
 
 def test_odd_request_ids_come_back_as_they_were(wire: Wire) -> None:
-    for odd in ("x", "é" * 128, "\ud800\udfff", "\0", "a\nb", '"', "\\"):
-        assert wire.ok("health_check_request", request_id=odd + str(len(odd)))["success"]
+    for odd in ("x", "é" * 128, "\ud800", "\0", "a\nb", '"', "\\"):
+        assert wire.ok("health_check_request", request_id=odd)["success"]
 
 
 def test_odd_text_comes_back_as_it_was(wire: Wire) -> None:

@@ -35,7 +35,7 @@ def documented_order() -> list[str]:
 
 #: the reading order: a file may use what stands above it (in its own layer; see ACROSS for the others)
 ORDER = documented_order()
-COMMON = ("errors", "messages", "config")
+COMMON = ("errors", "wire", "messages", "results", "config")
 CLIENT = ("follow", "client")
 #: what a layer may use of the others, besides errors, messages and config
 ACROSS = {
@@ -43,8 +43,8 @@ ACROSS = {
     "shell": ("core.link", "core.framing", "core.keeper", "core.lock"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.lifecycle", "shell.link"),
-    # `serve` becomes a keeper; all else goes through the client
-    "cli": ("client", "core.keeper", "core.lifecycle"),
+    # `serve` becomes a keeper and `doctor` looks at what one would need; all else goes through the client
+    "cli": ("client", "core.keeper", "core.lifecycle", "core.process"),
 }
 #: special modules of Python, and the only files (or folders) that may import them
 HOMES = {

@@ -214,11 +214,12 @@ def test_the_oldest_go_past_the_cap(place: str) -> None:
 def test_a_flood_does_not_cost_the_few_lines_of_the_other_stream(place: str) -> None:
     clock = Clock()
     log = OutputLog(place, CAP, now=clock)
-    log.append("stderr", b"a warning\n")
+    warnings = b"a warning\n" * 1000
+    log.append("stderr", warnings)
     for _ in range(500):
         clock.at += 0.002
         log.append("stdout", b"x" * 1000)
-    assert log.read("stderr", 0, 100).data == b"a warning\n"
+    assert log.read("stderr", 0, CAP).data == warnings
     assert log.disk_bytes() <= CAP
     log.close()
 
@@ -279,6 +280,23 @@ def test_without_a_record_the_time_is_that_of_the_file(place: str) -> None:
     log.close()
 
 
+def test_a_partial_record_is_written_over(place: str) -> None:
+    clock = Clock(100.0)
+    log = OutputLog(place, CAP, now=clock)
+    for _ in range(3):
+        clock.at += 1
+        log.append("stdout", b"x")
+    log.close()
+    os.truncate(Path(place, names(place, "index")[0]), 24 * 2 + 5)
+    os.utime(Path(place, f"stdout.{0:020d}"), (103.5, 103.5))
+    clock.at = 110.0
+    log = OutputLog(place, CAP, now=clock)
+    log.append("stdout", b"y")
+    log.close()
+    assert log.times("stdout", 0, 4) == [(101.0, 1), (102.0, 2), (103.5, 3), (110.0, 4)]
+    assert Path(place, names(place, "index")[0]).stat().st_size == 24 * 4
+
+
 @pytest.mark.parametrize("damage", ["cut", "noise", "gone", "one gone", "zeros", "directory"])
 def test_a_damaged_index_costs_no_byte(place: str, damage: str) -> None:
     clock = Clock()
@@ -336,6 +354,15 @@ def test_missing_and_empty_segments_are_gaps(place: str) -> None:
     log.append("stdout", b"on")
     assert log.read("stdout", len(data), 10).data == b"on"
     log.close()
+
+
+def test_where_segments_overlap_the_later_one_counts(place: str) -> None:
+    os.makedirs(place)
+    Path(place, f"stdout.{0:020d}").write_bytes(b"0123456789")
+    Path(place, f"stdout.{4:020d}").write_bytes(b"abcdefgh")
+    log = OutputLog(place, CAP)
+    assert log.span("stdout") == (0, 12)
+    assert log.read("stdout", 0, 99).data == b"0123abcdefgh"
 
 
 def test_strange_names_are_left_alone(place: str) -> None:
@@ -437,6 +464,50 @@ def test_a_full_disk_makes_a_gap_and_recording_goes_on_later(place: str, pipe: t
     assert log.trouble is None
     log.close()
     assert everything(OutputLog(place, CAP), "stdout") == [(0, b"before0123"), (38, b"after!")]
+
+
+def test_a_write_of_nothing_is_a_failure(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = OutputLog(place, CAP)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda *args: 0)
+        log.append("stdout", b"lost")
+    assert log.span("stdout") == (4, 4) and log.trouble
+    log.close()
+
+
+def test_a_disk_that_stays_full_does_not_collect_files(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, clock = Disk(monkeypatch), Clock()
+    log = OutputLog(place, CAP, now=clock)
+    log.append("stdout", b"kept")
+    disk.room = 0
+    for _ in range(20):
+        clock.at += 1.1
+        log.append("stdout", b"lost")
+    assert names(place, "stdout") == [f"stdout.{0:020d}", f"stdout.{4 + 19 * 4:020d}"]
+    log.close()
+    assert OutputLog(place, CAP).span("stdout") == (0, 84)
+
+
+def test_a_clock_set_back_does_not_stop_the_recording(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, clock = Disk(monkeypatch), Clock()
+    log = OutputLog(place, CAP, now=clock)
+    disk.room = 0
+    log.append("stdout", b"lost")
+    disk.room = None
+    clock.at += 2.1
+    log.append("stdout", b"kept")
+    assert log.trouble is None
+    clock.at -= 2
+    log.append("stdout", b"x" * 20_000)     # needs new segments
+    assert log.read("stdout", 0, CAP).data == b"kept" + b"x" * 20_000
+    clock.at -= 5000
+    disk.room = 0
+    log.append("stdout", b"lost")
+    disk.room = None
+    clock.at -= 5000
+    log.append("stdout", b"on")
+    assert log.read("stdout", 20_012, 9).data == b"on"
+    log.close()
 
 
 def test_the_end_outlives_a_gap(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,8 +663,8 @@ class Run:
                 self.log.capture(stream, self.pipes[stream][0])
 
     def read(self, stream: str) -> None:
-        end = len(self.model.truth[stream])
-        self.model.check_read(self.log, stream, self.random.randint(0, end + 10), self.random.choice((0, 1, 100, 1 << 17)))
+        offset = self.random.randint(0, len(self.model.truth[stream]) + 10)
+        self.model.check_read(self.log, stream, offset, self.random.choice((0, 1, 100, 1 << 17)))
 
     def times(self, stream: str) -> None:
         first, end = self.log.span(stream)

@@ -9,6 +9,7 @@ blanks count as one. Blocks in other languages (`sh`, `ini`, `text`) are shown, 
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -87,13 +88,18 @@ class Session:
         wait_until(lambda: "\n" in log.read_text() or self._server and self._server.poll() is not None)
         return log.read_text()
 
-    def end(self) -> int:
-        """Wait for the server, which the session is expected to have ended itself."""
+    def end(self) -> int | None:
+        """Return the exit code of the server, which the session is expected to have ended itself."""
         assert self._server is not None
-        try:
-            return self._server.wait(DEADLINE_SECS)
-        finally:
-            self._server.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._server.wait(DEADLINE_SECS)
+        return self._server.poll()
+
+    def abandon(self) -> None:
+        """Kill what a session that failed half-way has left."""
+        if self._server is not None and self._server.poll() is None:
+            self._server.terminate()
+            self._server.wait(DEADLINE_SECS)
 
 
 def test_the_sessions_in_the_readme_run_as_shown(state_dir: Path) -> None:
@@ -104,8 +110,9 @@ def test_the_sessions_in_the_readme_run_as_shown(state_dir: Path) -> None:
                 got = session.run(command)
                 assert matches(expected, got), f"$ {command}\n--- expected\n{expected}--- got\n{got}"
         assert session.end() == 0
-    finally:
         assert_nothing_left(str(state_dir))
+    finally:
+        session.abandon()
 
 
 @pytest.mark.parametrize("code", blocks(README, "python"))

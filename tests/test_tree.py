@@ -31,6 +31,11 @@ def gone(pids: list[int]) -> None:
     wait_until(lambda: states(pids) == {""}, what=f"{pids} to be gone, states {[process_state(p) for p in pids]}")
 
 
+def stopped(pids: list[int]) -> None:
+    """Wait until all of them are stopped: a signal that is sent still has to land."""
+    wait_until(lambda: states(pids) == {"T"}, what=f"all of {pids} to stop, also those in sessions of their own")
+
+
 def leaked_pids(record: dict) -> set[int]:  # type: ignore[type-arg]
     """Return the pids named in `leaked`; each has its command."""
     assert all(item["pid"] > 1 and item["command"] for item in record["leaked"]), record
@@ -40,7 +45,7 @@ def leaked_pids(record: dict) -> set[int]:  # type: ignore[type-arg]
 def test_pause_and_resume_reach_every_member(unix: LineWire) -> None:
     tree, pids = grown(unix, 3, 2)
     unix.control(tree, "pause")
-    assert states(pids) == {"T"}, "all, also those in sessions of their own"
+    stopped(pids)
     assert unix.status(tree) == "paused"
     unix.control(tree, "resume")
     wait_until(lambda: states(pids) == {"S"}, what="every member to go on")
@@ -50,7 +55,7 @@ def test_pause_reaches_a_daemon(unix: LineWire) -> None:
     daemoniser = unix.spawn("daemoniser", "wait", "keep")
     daemon = int(unix.lines(daemoniser, 2)[1])
     unix.control(daemoniser, "pause")
-    assert process_state(daemon) == "T"
+    stopped([daemon])
     unix.control(daemoniser, "resume")
     wait_until(lambda: process_state(daemon) == "S")
 
@@ -58,7 +63,7 @@ def test_pause_reaches_a_daemon(unix: LineWire) -> None:
 def test_a_batch_pauses_many_trees(unix: LineWire) -> None:
     trees = [grown(unix, 2, 2, labels={"paused": "together"}) for _ in range(3)]
     unix.ok("batch_control_command", labels={"paused": "together"}, command_type="pause")
-    assert states([pid for _, pids in trees for pid in pids]) == {"T"}
+    stopped([pid for _, pids in trees for pid in pids])
     unix.ok("batch_control_command", labels={"paused": "together"}, command_type="stop")
     for each, pids in trees:
         assert unix.ended(each)["status"] == "terminated"
@@ -124,7 +129,7 @@ def test_orphans_of_two_agents_are_told_apart(unix: LineWire) -> None:
 def test_signals_reach_the_whole_tree(unix: LineWire) -> None:
     tree, pids = grown(unix, 2, 2)
     unix.control(tree, "signal", signal="SIGSTOP")
-    wait_until(lambda: states(pids) == {"T"})
+    stopped(pids)
     unix.control(tree, "signal", signal="SIGCONT")
     wait_until(lambda: states(pids) == {"S"})
     unix.control(tree, "signal", signal="SIGKILL")

@@ -112,9 +112,9 @@ class Wire:
 
     # ------------------------------------------------------------ agents
 
-    def spawn(self, name: str, *args: object, ready: bool = True, **config: Any) -> str:
+    def spawn(self, program: str, /, *args: object, ready: bool = True, **config: Any) -> str:
         """Spawn a program of tests/agents and return its id, once it has printed `ready`."""
-        config.setdefault("command", agent(name, *map(str, args)))
+        config.setdefault("command", agent(program, *map(str, args)))
         started: str = self.ok("spawn_request", config=config)["agent_info"]["id"]
         if ready:
             self.until_output(started, b"ready\n")
@@ -163,7 +163,7 @@ class Wire:
         """Return all there is now from `offset`, and whether that is the end."""
         text = b""
         while True:
-            chunk = self.read(ref, stream, offset=offset, max_bytes=4 * 1024 * 1024)
+            chunk = self.read(ref, stream, offset=offset, max_bytes=1024 * 1024)
             data = data_of(chunk)
             assert len(data) == chunk["bytes"] and chunk["next_offset"] == chunk["offset"] + len(data), chunk
             assert chunk["dropped"] == chunk["offset"] - offset == 0, chunk

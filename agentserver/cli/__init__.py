@@ -40,8 +40,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return exits.PIPE
     except KeyboardInterrupt:
         return exits.INTERRUPTED
-    except SystemExit as e:  # argparse, after --help and --version
-        return e.code if isinstance(e.code, int) else exits.OK
     except Exception as e:
         return exits.explain(e)
 
@@ -50,7 +48,10 @@ def _command(argv: list[str]) -> int:
     from importlib import import_module
 
     from . import options
-    given = options.parse(argv)
+    try:
+        given = options.parse(argv)
+    except SystemExit:  # argparse has shown what --help and --version ask for
+        return exits.OK
     home = import_module("." + HOMES[given.subcommand], __package__)
     return int(home.COMMANDS[given.subcommand](given))
 

@@ -10,7 +10,8 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from ..messages import AgentInfo, Json
+from ..results import AgentInfo, ExitRecord
+from ..wire import Json
 from . import connect, out, show
 
 if TYPE_CHECKING:
@@ -56,15 +57,18 @@ def lines(infos: list[AgentInfo], now: float, columns: int) -> list[str]:
 def status(info: AgentInfo) -> str:
     """Return the status, for a finished agent with how it ended, for one that is being stopped with that."""
     if info.finished and info.exit:
-        return f"{info.status} ({ending(info)})"
+        how = ending(info)
+        return f"{info.status} ({how})" if how else info.status
     return f"{info.status} (ending)" if info.want == "down" and not info.finished else info.status
 
 
 def ending(info: AgentInfo) -> str:
-    """Return in a word or two how an agent ended."""
+    """Return in a word or two how an agent ended; nothing where all went well."""
     record = info.exit
     if record is None:
         return "unknown"
+    if record.reason == "exited" and record.code == 0:
+        return ""
     how = record.signal or ("" if record.code is None else f"exit {record.code}")
     why = record.reason if record.reason not in ("exited", "signaled") else ""
     return ", ".join(part for part in (why, how) if part) or "unknown"
@@ -89,7 +93,8 @@ def info(given: Namespace) -> int:
         out.document(record)
     else:
         about = AgentInfo.of(record.get("agent_info") or record)
-        show.say(*show.pairs([*_facts(about, time.time()), *_rest(record)]))
+        facts = [*_facts(about, time.time()), *_rest(record)]
+        show.say(*show.pairs((name, value) for name, value in facts if value))
     return 0
 
 
@@ -114,15 +119,30 @@ def _facts(info: AgentInfo, now: float) -> Iterator[tuple[str, str]]:
     for name, pairs in (("label", info.labels), ("metadata", info.metadata)):
         for key, value in pairs.items():
             yield name, f"{key}={value if isinstance(value, str) else _compact(value)}"
-    if info.exit:
-        yield from _nested("exit", info.exit.raw)
+    if info.finished and info.exit:
+        from .reasons import sentences
+        for sentence in sentences(info, now):
+            yield "end", sentence
 
 
 def _rest(record: Json) -> Iterator[tuple[str, str]]:
     """Yield what `inspect` tells besides the agent itself, whatever a server may add to it."""
+    known = record.get("agent_info") or {}
     for name, value in record.items():
-        if name != "agent_info" and value not in (None, {}, []):
+        if name == "spec" and isinstance(value, dict):
+            value = {key: item for key, item in value.items() if key not in known}
+        if name == "attempts" and isinstance(value, list):
+            yield from _attempts(value[:-1] if known.get("exit") else value)
+        elif name != "agent_info" and value not in (None, {}, []):
             yield from _nested(name, value)
+
+
+def _attempts(attempts: list[Json]) -> Iterator[tuple[str, str]]:
+    """Yield how each attempt before the last ended."""
+    from .reasons import cause
+    for attempt in attempts:
+        how = cause(ExitRecord.of(attempt.get("exit")))
+        yield f"attempt {attempt.get('attempt')}", f"{attempt.get('started_at')}: {how}"
 
 
 def _nested(name: str, value: Any) -> Iterator[tuple[str, str]]:

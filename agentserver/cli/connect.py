@@ -11,7 +11,8 @@ from argparse import Namespace
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Iterator
 
-from ..messages import AgentInfo
+from ..errors import RequestTimeout
+from ..results import AgentInfo
 from . import show
 from .exits import UsageError
 
@@ -42,6 +43,32 @@ def is_local(client: AgentClient) -> bool:
 def deadline(given: Namespace) -> float | None:
     """Return the monotonic time at which --timeout is over."""
     return None if given.timeout is None else time.monotonic() + float(given.timeout)
+
+
+class _Over(BaseException):
+    """--timeout is over. Not an Exception: nothing on the way may take it for a trouble of its own."""
+
+
+@contextmanager
+def bounded(given: Namespace) -> Iterator[None]:
+    """End what has no end of its own when --timeout is over, wherever it waits; in the main thread only."""
+    if given.timeout is None:
+        yield
+        return
+    import signal
+
+    def over(*_: Any) -> None:
+        raise _Over
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(given.timeout, 0.001))
+    try:
+        yield
+    except _Over:
+        raise RequestTimeout(f"`agentserver {given.subcommand}` was given {given.timeout:g} s; "
+                             "they are over") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def chosen(client: AgentClient, given: Namespace, statuses: frozenset[str]) -> list[AgentInfo] | None:

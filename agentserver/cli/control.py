@@ -15,7 +15,8 @@ from . import agents, connect, exits, out, show
 
 if TYPE_CHECKING:
     from ..client import AgentClient
-    from ..messages import AgentInfo, Json
+    from ..results import AgentInfo
+    from ..wire import Json
 
 _LIVE = ALIVE | {IDLE}
 #: which agents --all and --label mean
@@ -38,8 +39,8 @@ def control(given: Namespace) -> int:
         results = _ask(client, given, refs)
         if waits and given.subcommand != "rm":
             _wait_after(client, given, results)
-    for result in results:
-        _tell(result, names, given)
+    for ref, result in zip(refs, results):
+        _tell(result, connect.label(names[ref]) if ref in names else show.clean(ref), given)
     if given.json:
         out.document({"results": results, "successful": sum(bool(r["success"]) for r in results),
                       "failed": sum(not r["success"] for r in results)})
@@ -82,10 +83,10 @@ def _ask(client: AgentClient, given: Namespace, refs: list[str]) -> list[Json]:
     if len(refs) > 1:
         return client.batch(command, refs, **_payload(given)).results
     try:
-        data = client.control(refs[0], command, **_payload(given))
+        reply = client.command(refs[0], command, **_payload(given))
     except RequestError as e:
         return [{"agent_id": refs[0], "success": False, "error": str(e), "error_code": e.code}]
-    return [{"agent_id": refs[0], "success": True, "data": data}]
+    return [{"agent_id": reply["agent_id"], "success": True, "status": reply.get("status"), "data": reply.get("data")}]
 
 
 def _wait_first(client: AgentClient, given: Namespace, refs: list[str]) -> list[str]:
@@ -115,17 +116,15 @@ def _wait_after(client: AgentClient, given: Namespace, results: list[Json]) -> N
 
 # ---------------------------------------------------------------- telling
 
-def _tell(result: Json, names: dict[str, AgentInfo], given: Namespace) -> None:
-    agent_id = str(result["agent_id"])
+def _tell(result: Json, who: str, given: Namespace) -> None:
     if not result["success"]:
         exits.complain(str(result.get("error_code") or "internal"), str(result.get("error") or "it was refused"))
     elif not given.json:
-        known = names.get(agent_id)
-        show.say(f"{connect.label(known) if known else show.clean(agent_id)}: {_done(result, given)}")
+        show.say(f"{who}: {_done(result, given)}")
 
 
 def _done(result: Json, given: Namespace) -> str:
-    from ..messages import AgentInfo
+    from ..results import AgentInfo
     if "agent_info" in result:
         return agents.status(AgentInfo.of(result["agent_info"]))
     data = result.get("data") or {}

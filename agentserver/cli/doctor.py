@@ -19,8 +19,6 @@ _STYLE = {GOOD: "green", LACKING: "yellow", BROKEN: "red"}
 _OLDEST_PYTHON = (3, 9)
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "fuse.sshfs", "afs", "lustre")
 _SOCKET_PATH_BYTES = 107     # sun_path of unix(7) less its final NUL
-_DESCRIPTORS_PER_AGENT = 6   # three pipes and the files for them
-_DESCRIPTORS_BESIDE = 64
 
 
 class Finding(NamedTuple):
@@ -106,7 +104,7 @@ def state_dir(path: str) -> Finding:
         return Finding("state directory", BROKEN, f"{path} belongs to user {about.st_uid}",
                        "whoever owns it could replace what is in it", "choose a directory of your own")
     return _judge("state directory", about.st_mode & 0o077 == 0, path, f"{path} has mode {about.st_mode & 0o777:04o}",
-                  "other users may look into it", f"chmod 700 {path}")
+                  "other users may look into it", f"chmod 700 {path} (the next serve does it)")
 
 
 def file_system(path: str) -> Finding:
@@ -114,7 +112,8 @@ def file_system(path: str) -> Finding:
     kind = _kind_of_file_system(path)
     return _judge("file system", kind not in _REMOTE, kind or "unknown",
                   f"{kind} is a network file system",
-                  "the registry may be damaged, and a slow network stops the whole server", "choose a --state-dir on a local disk")
+                  "the registry may be damaged, and a slow network stops the whole server",
+                  "choose a --state-dir on a local disk")
 
 
 def _kind_of_file_system(path: str) -> str:
@@ -142,13 +141,11 @@ def socket_length(path: str) -> Finding:
 
 def descriptors(settings: ServerConfig) -> Finding:
     """Check that the hard limit of descriptors carries `max_agents`."""
-    import resource
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = settings.max_agents * _DESCRIPTORS_PER_AGENT + _DESCRIPTORS_BESIDE
-    shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
-    good = hard == resource.RLIM_INFINITY or hard >= needed
-    return _judge("descriptors", good, f"{shown} allowed, {needed} needed for {settings.max_agents} agents",
-                  f"{shown} allowed, but {needed} needed for {settings.max_agents} agents", "the server may not start",
+    from ..core import keeper, process
+    most = process.hard_descriptor_limit()
+    needed = settings.max_agents * keeper.FDS_PER_AGENT + keeper.FDS_RESERVE
+    return _judge("descriptors", most >= needed, f"{most} allowed, {needed} needed for {settings.max_agents} agents",
+                  f"{most} allowed, but {needed} needed for {settings.max_agents} agents", "the server does not start",
                   f"raise the hard limit (ulimit -Hn {needed}, LimitNOFILE= in a service), or lower --max-agents",
                   BROKEN)
 

@@ -15,7 +15,7 @@ from .pieces import Piece
 
 if TYPE_CHECKING:
     from ..client import Agent, AgentClient
-    from ..messages import AgentInfo, Chunk
+    from ..results import AgentInfo, Chunk
 
 CHUNK = 256 * 1024
 #: (agent id, stream) -> the offset up to which it was shown

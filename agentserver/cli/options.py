@@ -43,6 +43,11 @@ class Parser(argparse.ArgumentParser):
         """Raise, so that a wrong command line is told in one line like everything else."""
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; unlike argparse, let it be known when that cannot be done."""
+        from .show import say
+        say(self.format_help().rstrip("\n"))
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options, `subcommand` and the words by the command's shape; raise `UsageError` with a sentence."""
@@ -109,7 +114,9 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from .. import __version__
-        parser.exit(message=f"agentserver {__version__}\n")
+        from .show import say
+        say(f"agentserver {__version__}")
+        parser.exit()
 
 
 def _shared(parser: argparse.ArgumentParser, default: Any, json_default: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..messages import encode_text, wire_text
+from ..wire import encode_text, wire_text
 
 #: which descriptor shows which stream of an agent
 DESCRIPTORS = {"stdout": 1, "stderr": 2}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from typing import Callable, Iterable, Iterator, NamedTuple
 
-from ..messages import Chunk
+from ..results import Chunk
 from . import out, show
 
 LONGEST_LINE = 64 * 1024  # of a longer one the parts are shown as lines: nothing is held back without a bound

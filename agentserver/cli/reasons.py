@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Callable
 
-from ..messages import AgentInfo, ExitRecord
+from ..results import AgentInfo, ExitRecord
 from .show import duration, plural, since, size
 
 _HINTS = {
@@ -29,7 +29,7 @@ def sentences(info: AgentInfo, now: float) -> list[str]:
 # ---------------------------------------------------------------- the end
 
 def _ended(info: AgentInfo, record: ExitRecord, now: float) -> list[str]:
-    told = [_cause(record), _length(info, record, now)]
+    told = [cause(record), _length(info, record, now)]
     if record.rusage:
         told.append(_use(record))
     if record.leaked:
@@ -39,7 +39,8 @@ def _ended(info: AgentInfo, record: ExitRecord, now: float) -> list[str]:
     return [sentence for sentence in told if sentence]
 
 
-def _cause(record: ExitRecord) -> str:
+def cause(record: ExitRecord) -> str:
+    """Return what brought the end about."""
     reason, _, limit = record.reason.partition(":")
     if reason == "limit":
         return f"It reached its limit {limit} and was therefore ended by the server; {_how(record)}."
@@ -73,7 +74,7 @@ def _signaled(record: ExitRecord) -> str:
 
 def _stop(record: ExitRecord) -> str:
     if record.signal == "SIGKILL":
-        return f"{_who(record)} stopped it; it did not end in the time it was given, so SIGKILL ended it."
+        return f"{_who(record)} stopped it; that was not enough, so SIGKILL ended it."
     return f"{_who(record)} stopped it; {_how(record)}."
 
 
@@ -148,7 +149,7 @@ def _present(info: AgentInfo, now: float) -> list[str]:
     if info.attempt > 1:
         told.append(f"This is attempt {info.attempt}.")
     if info.exit and not info.finished:
-        told.append(f"The attempt before: {_cause(info.exit)}")
+        told.append(f"The attempt before: {cause(info.exit)}")
     told += _output(info)
     return told
 

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Callable
 
 from ..errors import AgentServerError, RequestTimeout
-from ..messages import AgentInfo
+from ..results import AgentInfo
 from . import connect, exits, out, pieces, show, spawn
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ def run(given: Namespace) -> int:
             ended = _accompany(client, given, info, limit)
         except RequestTimeout as e:
             raise RequestTimeout(f"{e}; the agent goes on as {agent.id}") from None
+        except BrokenPipeError:
+            if show.is_terminal(2):
+                exits.note(f"nobody reads the output any more; the agent goes on as {agent.id}")
+            raise
     if given.json:
         out.document({"type": "ended", "agent_info": ended.raw})
     _tell_end(ended)

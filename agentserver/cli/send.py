@@ -26,7 +26,7 @@ def send(given: Namespace) -> int:
     with (connect.patient(given) if raw else connect.connect(given)) as client:
         agent = client.agent(given.agents[0])
         if raw:
-            count = _all_of_stdin(agent, connect.deadline(given))
+            count = _all_of_stdin(agent, given)
         else:
             line = os.fsencode(" ".join(given.text)) + b"\n" if given.text else b""
             count = agent.write(line, eof=given.eof) if line else 0
@@ -37,7 +37,7 @@ def send(given: Namespace) -> int:
     return 0
 
 
-def _all_of_stdin(agent: Agent, limit: float | None) -> int:
+def _all_of_stdin(agent: Agent, given: Namespace) -> int:
     """Copy descriptor 0 to its end; return how many bytes that were."""
     from .stdin import PIECE, pour
     count = 0
@@ -46,9 +46,9 @@ def _all_of_stdin(agent: Agent, limit: float | None) -> int:
         time.sleep(secs)
         return False
 
-    with connect.progress(f"sending to agent {agent.id[:8]}"):
+    with connect.bounded(given), connect.progress(f"sending to agent {agent.id[:8]}"):
         while data := os.read(0, PIECE):
-            count += pour(agent, data, wait, limit)
+            count += pour(agent, data, wait)
     return count
 
 

@@ -12,7 +12,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from ..errors import AgentServerError, LinkError, RequestTimeout
-from ..messages import Json
+from ..wire import Json
 from . import connect, exits, out, show
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _counted(name: str, value: Any) -> str:
 
 def events(given: Namespace) -> int:
     """Print what happened; with --follow what happens."""
-    with connect.patient(given) as client:
+    with connect.bounded(given), connect.patient(given) as client:
         shown = _Shown(given)
         if not given.follow:
             for event in _kept(client, given.since or 0):

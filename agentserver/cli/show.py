@@ -50,11 +50,11 @@ def status_style(status: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in its two largest units: 0.3s, 12s, 2m05s, 3h07m, 4d02h."""
+    """Return a duration in its two largest units: 7ms, 0.3s, 12s, 2m05s, 3h07m, 4d02h."""
     if seconds < 0:
         seconds = 0.0
-    if seconds < 9.95:
-        return f"{seconds:.1f}s" if 0 < seconds else "0s"
+    if 0 < seconds < 9.95 and isinstance(seconds, float):
+        return f"{seconds:.1f}s" if seconds >= 0.0995 else f"{seconds * 1000:.0f}ms"
     whole = int(seconds + 0.5)
     if whole < 60:
         return f"{whole}s"
@@ -70,7 +70,7 @@ def since(stamp: str | None, now: float) -> str:
     if not stamp:
         return "-"
     from ..errors import RequestError
-    from ..messages import from_rfc3339
+    from ..wire import from_rfc3339
     try:
         return duration(now - from_rfc3339(stamp))
     except RequestError:

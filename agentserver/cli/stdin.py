@@ -10,41 +10,40 @@ import errno
 import os
 import select
 import threading
-import time
 from typing import TYPE_CHECKING, Callable
 
-from ..errors import AgentServerError, RequestError, RequestTimeout
+from ..errors import AgentServerError, RequestError
 
 if TYPE_CHECKING:
     from ..client import Agent, AgentClient
 
 PIECE = 64 * 1024
-LONGEST_PAUSE = 0.2   # seconds between two attempts to write into a full buffer
+SMALL = 4096           # bytes; no server has a smaller buffer
+SHORTEST_PAUSE = 0.002  # seconds between two attempts to write into a full buffer
+LONGEST_PAUSE = 0.2
 BACKGROUND_SECS = 0.5  # between two looks whether a background job was brought to the foreground
 
 
-def pour(agent: Agent, data: bytes, over: Callable[[float], bool], limit: float | None = None) -> int:
+def pour(agent: Agent, data: bytes, over: Callable[[float], bool]) -> int:
     """Write all of `data`, waiting while the agent's buffer is full; return how many bytes were accepted.
 
-    `over(secs)` waits and tells whether to give up; `limit` is a monotonic time. The pieces shrink when they
-    do not fit, because the buffer may be smaller than any of them.
+    `over(secs)` waits and tells whether to give up. The pieces shrink when they do not fit, because the buffer
+    may be smaller than any of them; only when a small one does not fit is waited.
     """
-    at, size, pause = 0, PIECE, 0.005
+    at, size, pause = 0, PIECE, SHORTEST_PAUSE
     while at < len(data):
         try:
             agent.write(data[at:at + size])
         except RequestError as e:
             if e.code != "stdin_full":
                 raise
-            if limit is not None and time.monotonic() >= limit:
-                raise RequestTimeout(f"the agent does not read its stdin: {at} of {len(data)} bytes were accepted, "
-                                     "the rest was not sent") from None
+            if size <= SMALL:
+                if over(pause):
+                    break
+                pause = min(pause * 2, LONGEST_PAUSE)
             size = max(1, size // 2)
-            if over(pause):
-                break
-            pause = min(pause * 2, LONGEST_PAUSE)
             continue
-        at, size, pause = at + size, min(size * 2, PIECE), 0.005
+        at, size, pause = at + size, min(size * 2, PIECE), SHORTEST_PAUSE
     return min(at, len(data))
 
 

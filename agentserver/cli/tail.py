@@ -12,7 +12,7 @@ from ..messages import MAX_READ
 
 if TYPE_CHECKING:
     from ..client import Agent
-    from ..messages import StreamRange
+    from ..results import StreamRange
 
 STEP = 64 * 1024
 

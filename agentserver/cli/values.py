@@ -49,7 +49,7 @@ def moment(text: str) -> str:
     import time
 
     from ..errors import RequestError
-    from ..messages import from_rfc3339, rfc3339
+    from ..wire import from_rfc3339, rfc3339
     back = _span(text)
     try:
         return rfc3339(time.time() - back if back is not None else from_rfc3339(text))
@@ -82,7 +82,7 @@ def variable(text: str) -> tuple[str, str]:
 def json_object(text: str) -> dict[str, Any]:
     """Read a JSON object."""
     from ..errors import RequestError
-    from ..messages import decode
+    from ..wire import decode
     try:
         return decode(text.encode("utf-8", "surrogateescape"))
     except RequestError as e:

@@ -15,7 +15,7 @@ from . import agents, connect, exits, out, show
 
 if TYPE_CHECKING:
     from ..client import AgentClient
-    from ..messages import AgentInfo
+    from ..results import AgentInfo
 
 
 def wait(given: Namespace) -> int:
@@ -39,7 +39,7 @@ def ended(client: AgentClient, refs: list[str], given: Namespace) -> list[AgentI
     """Wait; again for an agent that was restarted before it could be looked at."""
     limit = connect.deadline(given)
     while True:
-        left = None if limit is None else max(limit - time.monotonic(), 0.001)
+        left = None if limit is None else max(round(limit - time.monotonic(), 2), 0.01)
         infos = client.wait(refs, any=given.any, status=given.status, timeout=left)
         if given.status or (any if given.any else all)(info.finished for info in infos):
             return infos

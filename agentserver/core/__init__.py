@@ -20,6 +20,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     ending      the stop ladder, the exit, the exit record
     supervisor  policy: what is wanted against what is
     commands    what can be asked of one agent
+    facts       what a health check tells of the server
     control     handle(): decode, dispatch, do once, encode
     connection  one connection to core.sock
     service     the core process

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..messages import Json, encode_text, rfc3339
+from ..wire import Json, encode_text, rfc3339
 from . import lifecycle
 from .output import OutputLog
 

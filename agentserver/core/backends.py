@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
 
-from .. import messages
+from .. import messages, wire
 from ..config import check_backend_keys
 from ..errors import ConfigError, RequestError
 
@@ -156,7 +156,7 @@ class _Section:
         import shlex
         try:
             arguments = shlex.split(value) if isinstance(value, str) else list(value)
-            return tuple(messages.list_of(messages.os_text())(arguments, key))
+            return tuple(wire.list_of(wire.os_text())(arguments, key))
         except (TypeError, ValueError, RequestError) as e:
             raise self.wrong(key, f"{key} cannot be split into arguments: {e}") from None
 
@@ -190,7 +190,7 @@ class _Section:
             if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(name)):  # it also becomes the name of a file
                 raise self.wrong(key, f"{key} has {name!r}, which is no name of a variable")
         try:
-            return messages.environment(dict(values), key.partition(".")[0])
+            return wire.environment(dict(values), key.partition(".")[0])
         except RequestError as e:
             raise self.wrong(key, str(e)) from None
 
@@ -263,7 +263,7 @@ def _cli_program(name: str, backends: Mapping[str, Backend]) -> str:
         raise RequestError(f"model_backend {name!r} is unknown; there are {', '.join(sorted(backends))} and "
                            "PROGRAM-cli, and a [backend NAME] section in the server's configuration adds one",
                            "unknown_backend")
-    return str(messages.os_text()(program, "model_backend"))
+    return str(wire.os_text()(program, "model_backend"))
 
 
 def _literal_launch(config: messages.AgentConfig, argv: List[str], what: str, base: Dict[str, str]) -> Launch:
@@ -320,7 +320,7 @@ def _values(config: messages.AgentConfig, tools: str) -> Dict[str, str]:
 def _agents(agents: Any) -> str:
     if agents and not isinstance(agents, dict):
         raise RequestError("agents must be an object: name -> description, prompt, …")
-    return messages.encode_text(agents) if agents else ""
+    return wire.encode_text(agents) if agents else ""
 
 
 def _title(config: messages.AgentConfig) -> str:

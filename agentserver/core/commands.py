@@ -11,9 +11,10 @@ from typing import Any, Callable
 
 from .. import messages as m
 from ..errors import RequestError
-from ..messages import Json
+from ..wire import Json, from_rfc3339, read, rfc3339, wire_text
 from . import process, tree
 from .agent import Agent
+from .facts import Facts
 from .feed import Subscriber
 from .run import STREAMS, whole_characters
 from .supervisor import Supervisor
@@ -26,7 +27,7 @@ EFFECTS = frozenset(("pause", "resume", "stop", "kill", "restart", "write_stdin"
 class Commands:
     """See the module."""
 
-    def __init__(self, supervisor: Supervisor, facts: Callable[[], Json]) -> None:
+    def __init__(self, supervisor: Supervisor, facts: Facts) -> None:
         self._supervisor, self._facts = supervisor, facts
         self._table: dict[str, Callable[[Agent, Any, str], Json]] = {
             "pause": self._pause, "resume": self._resume, "stop": self._stop, "kill": self._kill,
@@ -44,11 +45,12 @@ class Commands:
         if cls is None:
             raise RequestError(f"there is no command {command[:64]!r}; there are " + ", ".join(m.COMMANDS),
                                "unknown_command")
-        return m.read(cls, payload, "payload")
+        return read(cls, payload, "payload")
 
     def run(self, agent: Agent, command: str, payload: Json, by: str) -> Json:
         """Run one command on one agent and return its data."""
-        return self._table[command](agent, self.check(command, payload), by)
+        checked = self.check(command, payload)
+        return self._table[command](agent, checked, by)
 
     # ------------------------------------------------------------ control
 
@@ -98,7 +100,7 @@ class Commands:
                 "disk_bytes": agent.output.disk_bytes()}
 
     def _stream_logs(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
-        endpoint = self._facts()["metadata"]["pub_endpoint"]
+        endpoint = self._facts.metadata()["pub_endpoint"]
         return {"pub_endpoint": endpoint, "topic": f"{agent.id}.", "enabled": bool(endpoint), "offsets": {
             stream: self._standing(agent, stream) for stream in STREAMS}}
 
@@ -109,7 +111,7 @@ class Commands:
         if action == "echo":
             return {"echo": params}
         if action == "get_env":
-            spec = m.read(m.AgentConfig, self._supervisor.registry.spec(agent.id), "config")
+            spec = read(m.AgentConfig, self._supervisor.registry.spec(agent.id), "config")
             return {"names": self._supervisor.environment_names(spec)}
         raise RequestError(f"there is no action {action!r}; there are ping, echo, get_env", "unknown_command")
 
@@ -137,7 +139,7 @@ class Commands:
     def _read(self, agent: Agent, payload: m.ReadPayload, stream: str) -> Json:
         offset = payload.offset
         if payload.since is not None:
-            offset = agent.output.offset_at(stream, m.from_rfc3339(payload.since, "since"))
+            offset = agent.output.offset_at(stream, from_rfc3339(payload.since, "since"))
         got = agent.output.read(stream, agent.cursors.get(stream, 0) if offset is None else offset, payload.max_bytes)
         over = agent.run is None or not agent.run.is_open(stream)
         data, end = got.data, agent.output.span(stream)[1]
@@ -146,14 +148,14 @@ class Commands:
         next_offset = got.offset + len(data)
         if offset is None:
             agent.cursors[stream] = next_offset
-        text, encoding = m.wire_text(data)
+        text, encoding = wire_text(data)
         reply: Json = {"data": text if data else None, "encoding": encoding, "bytes": len(data), "offset": got.offset,
                        "next_offset": next_offset, "first_offset": got.first_offset, "dropped": got.dropped,
                        "eof": over and next_offset >= end}
         if not data:
             reply["message"] = "the stream has ended" if reply["eof"] else "nothing new"
         if payload.times:
-            reply["times"] = [[m.rfc3339(at), stop] for at, stop in agent.output.times(stream, got.offset, next_offset)]
+            reply["times"] = [[rfc3339(at), stop] for at, stop in agent.output.times(stream, got.offset, next_offset)]
         return reply
 
     def _standing(self, agent: Agent, stream: str) -> int:

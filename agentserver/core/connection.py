@@ -14,7 +14,7 @@ import socket
 from collections import deque
 from typing import Deque, Protocol
 
-from ..messages import MAX_WIRE, Json
+from ..wire import MAX_WIRE, Json
 from . import framing
 from .control import Peer
 from .reactor import READ, WRITE, Reactor

@@ -15,9 +15,10 @@ from typing import Any, Callable, NamedTuple
 
 from .. import messages as m
 from ..errors import AgentServerError, RequestError
-from ..messages import Json
+from ..wire import Json, canonical, decode, encode, encode_text, read
 from . import lifecycle
 from .commands import EFFECTS, Commands
+from .facts import Facts
 from .feed import Subscriber
 from .supervisor import Supervisor
 
@@ -30,9 +31,9 @@ class Peer(NamedTuple):
 
 
 class Control:
-    """See the module. `facts` returns what a health check tells of the server as a whole."""
+    """See the module. `stats` returns the counters and what our processes use."""
 
-    def __init__(self, supervisor: Supervisor, facts: Callable[[], Json], stats: Callable[[], Json],
+    def __init__(self, supervisor: Supervisor, facts: Facts, stats: Callable[[], Json],
                  on_shutdown: Callable[[m.ShutdownRequest, Peer], None], limit: int,
                  say: Callable[[str], None]) -> None:
         self._supervisor, self._facts, self._stats = supervisor, facts, stats
@@ -56,7 +57,7 @@ class Control:
             if raw is None:
                 raise RequestError(f"the message has more than {self._limit} bytes; send less at once",
                                    "message_too_large")
-            obj = m.decode(raw, self._limit)
+            obj = decode(raw, self._limit)
             cls = m.REQUESTS.get(obj["type"]) if isinstance(obj.get("type"), str) else None
             if cls is not None:
                 reply_type = cls.reply
@@ -85,35 +86,42 @@ class Control:
 
     def _once(self, cls: Any, obj: Json, peer: Peer) -> bytes:
         """Do what is asked, or repeat the reply if it was done."""
-        if not _has_effect(obj):
-            return self._do(cls, obj, peer)[0]
-        request_id, digest = obj["request_id"], hashlib.sha256(m.canonical(obj)).digest()
+        request = read(cls, obj)
+        if not _has_effect(request):
+            return self._do(request, obj, peer)[0]
+        request_id, digest = obj["request_id"], hashlib.sha256(canonical(obj)).digest()
         before = self._registry.recall(request_id)
         if before is not None:
             if before.digest != digest:
                 raise RequestError("this request_id was used for another request; give each request one of its own",
                                    "request_id_conflict")
             return before.reply
-        reply, agent_id, changed = self._do(cls, obj, peer)
+        reply, agent_id, changed = self._do(request, obj, peer)
         if changed:
             self._registry.remember(request_id, digest, reply, agent_id)
         return reply
 
-    def _do(self, cls: Any, obj: Json, peer: Peer) -> tuple[bytes, str | None, bool]:
+    def _do(self, request: Any, obj: Json, peer: Peer) -> tuple[bytes, str | None, bool]:
         """Return the reply, the agent it is remembered with, and whether anything was done."""
-        result = self._handlers[cls.type](m.read(cls, obj), obj, peer)
+        result = self._handlers[request.type](request, obj, peer)
         if isinstance(result, bytes):
             return result, None, False
         changed = result.pop("changed", True)
-        head = {"type": cls.reply, "request_id": obj["request_id"], "success": True}
-        agent_id = result["agent_info"]["id"] if cls is m.SpawnRequest else None
-        return m.encode({**head, **result}), agent_id, changed
+        head = {"type": request.reply, "request_id": obj["request_id"], "success": True}
+        agent_id = result["agent_info"]["id"] if isinstance(request, m.SpawnRequest) else None
+        return encode({**head, **result}), agent_id, changed
 
     # ------------------------------------------------------------ one request each
 
-    def _health(self, request: m.HealthCheckRequest, obj: Json, peer: Peer) -> Json:
+    def _health(self, request: m.HealthCheckRequest, obj: Json, peer: Peer) -> bytes:
+        """Answer the request that is asked most from pieces that hardly change."""
         self._count("health_checks")
-        return self._facts()
+        supervisor = self._supervisor
+        return b'{"type":"health_check_response","request_id":%s,"success":true,"healthy":%s,"protocol_version":"%s",' \
+               b'"uptime_secs":%.6f,"active_agents":%d,"metadata":%s}' % (
+                   encode_text(obj["request_id"]).encode("ascii"), b"true" if supervisor.state == "up" else b"false",
+                   m.PROTOCOL_VERSION.encode("ascii"), self._facts.uptime(), supervisor.active,
+                   self._facts.metadata_json())
 
     def _statistics(self, request: m.StatsRequest, obj: Json, peer: Peer) -> Json:
         return {"stats": self._stats()}
@@ -137,7 +145,7 @@ class Control:
                  if (every or not agent.terminal) and (wanted is None or agent.status == wanted)
                  and (not labels or labels <= agent.labels.items())]
         end = None if request.limit is None else request.offset + request.limit
-        head = m.encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "total": len(found)})
+        head = encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "total": len(found)})
         shown = ",".join([agent.info_json() for agent in found[request.offset:end]])
         return b'%s,"agents":[%s]}' % (head[:-1], shown.encode("ascii"))
 
@@ -161,11 +169,14 @@ class Control:
         refs = request.agent_ids
         if refs is None:
             labels = (request.labels or {}).items()
-            refs = [a.id for a in self._supervisor.agents.values() if labels <= a.labels.items() and not a.terminal]
+            ended = request.command_type == "remove"  # labels choose those that the command can be meant for
+            refs = [a.id for a in self._supervisor.agents.values() if labels <= a.labels.items() and a.terminal == ended]
         results: list[Json] = []
         for ref in refs:
-            stopped = request.fail_fast and results and not results[-1]["success"]
-            results.append(_failed_in_batch(ref, _NOT_TRIED, "invalid_state") if stopped else self._one_of_batch(ref, request, peer))
+            if request.fail_fast and results and not results[-1]["success"]:
+                results.append(_failed_in_batch(ref, "not tried, because one before it failed", "invalid_state"))
+            else:
+                results.append(self._one_of_batch(ref, request, peer))
         failed = [result for result in results if not result["success"]]
         out = {"success": not failed, "results": results, "successful": len(results) - len(failed),
                "failed": len(failed), "changed": request.command_type in EFFECTS and len(failed) < len(results)}
@@ -187,10 +198,10 @@ class Control:
         agent_id = self._supervisor.find(request.agent_id).id if request.agent_id else None
         found = self._registry.events(request.since, request.limit + 1, agent_id)
         more, found = len(found) > request.limit, found[:request.limit]
-        last = m.decode(found[-1].encode())["sequence"] if found else request.since
+        last = decode(found[-1].encode())["sequence"] if found else request.since
         if not more and not agent_id:
             last = max(last, min(request.since, self._registry.sequence))
-        head = m.encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "next": last,
+        head = encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "next": last,
                          "first_kept": self._registry.first_kept, "more": more})
         return b'%s,"events":[%s]}' % (head[:-1], ",".join(found).encode("ascii"))
 
@@ -213,10 +224,10 @@ class Control:
 
 # ---------------------------------------------------------------- pieces of replies
 
-def _has_effect(obj: Json) -> bool:
-    if obj["type"] in ("spawn_request", "shutdown_request"):
-        return True
-    return obj["type"] in ("control_command", "batch_control_command") and obj.get("command_type") in EFFECTS
+def _has_effect(request: Any) -> bool:
+    if isinstance(request, (m.ControlCommand, m.BatchControlCommand)):
+        return request.command_type in EFFECTS
+    return isinstance(request, (m.SpawnRequest, m.ShutdownRequest))
 
 
 def _readable_id(obj: Json) -> str | None:
@@ -234,11 +245,8 @@ def _unknown_type(obj: Json) -> RequestError:
 
 
 def _failure(reply_type: str, request_id: str | None, error: str, code: str) -> bytes:
-    return m.encode({"type": reply_type, "request_id": request_id, "success": False, "error": error,
+    return encode({"type": reply_type, "request_id": request_id, "success": False, "error": error,
                      "error_code": code})
-
-
-_NOT_TRIED = "not tried, because one before it failed"
 
 
 def _failed_in_batch(ref: str, error: str, code: str) -> Json:

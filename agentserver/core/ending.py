@@ -13,7 +13,7 @@ import time
 from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM
 from typing import Callable
 
-from ..messages import Json, rfc3339
+from ..wire import Json, rfc3339
 from . import lifecycle, process, tree
 from .agent import Agent
 from .family import Family

@@ -12,13 +12,15 @@ started it has ended; the last of those takes it along.
 from __future__ import annotations
 
 import os
+from signal import SIGSTOP
 from typing import Iterable
 
 from . import process, tree
 from .agent import Agent
 from .tree import Proc
 
-PASSES = 5  # a tree that forks while it is being walked is walked again
+PASSES = 10      # looks at a tree that is being stopped
+STOPPED = "TtZX"  # states in /proc/PID/stat of what stands still or is dead
 
 
 class Family:
@@ -114,13 +116,12 @@ class Family:
             process.send_group(agent.pid, number)
         return [proc for proc in self.members([agent])[agent.id] if tree.send(proc, number)]
 
-    def signal_all(self, agent: Agent, number: int, until_state: str) -> None:
-        """As `signal`, again until nobody new is found outside `until_state`: a tree may fork while it is stopped."""
-        reached: set[int] = set()
+    def stop(self, agent: Agent) -> None:
+        """SIGSTOP the tree, and again until all of it is seen to stand still: it may fork while it is being stopped."""
         for _ in range(PASSES):
-            self.signal(agent, number)
+            self.signal(agent, SIGSTOP)
             self.stale()
-            late = {p.pid for p in self.members([agent])[agent.id] if p.state not in until_state} - reached
-            if not late:
+            leader = tree.look(agent.pid or 0)
+            members = self.members([agent])[agent.id]
+            if all(proc.state in STOPPED for proc in (leader, *members) if proc is not None):
                 return
-            reached |= late

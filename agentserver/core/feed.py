@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from typing import Callable, Iterable, Protocol
 
-from ..messages import Json, encode, rfc3339, wire_text
+from ..wire import Json, encode, rfc3339, wire_text
 from .registry import Registry
 
 REPLAY_MOST = 10_000  # events; who needs more pages through events_request
@@ -47,6 +47,11 @@ class Feed:
         if subscriber.topics:
             self._subscribers.append(subscriber)
         self._routes.clear()
+
+    @property
+    def anyone(self) -> bool:
+        """Whether anybody listens to anything."""
+        return bool(self._subscribers)
 
     def wanted(self, topic: str) -> tuple[Subscriber, ...]:
         """Return who listens to a topic."""

@@ -98,6 +98,7 @@ class Keeper:
         self._wake.setblocking(False)
         wake_out.setblocking(False)
         self._wake_out = wake_out
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked what we wait for
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
             signal.siginterrupt(number, False)
@@ -240,7 +241,10 @@ def program() -> list[str]:
 # ---------------------------------------------------------------- ways in
 
 def serve(config: ServerConfig) -> int:
-    """Run a server in the foreground until it is done; return its exit code. Raises `StartError`."""
+    """Run a server in the foreground until it is done; return its exit code. Raises `StartError` or `ConfigError`."""
+    if config.backends:  # wrong ones are told before anything is made
+        from .backends import all_backends
+        all_backends(config.backends)
     with_shell = _has_zmq()
     if not with_shell:
         _print("pyzmq is not installed, so only this machine is served; for the network: pip install pyzmq")

@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any, Deque, Dict, List, Optional, Protocol, Sequence, Tuple
 
 from ..errors import LinkError, RequestError, RequestTimeout
-from ..messages import MAX_WIRE, encode, new_id
+from ..wire import MAX_WIRE, encode, new_id
 from .framing import PREFACE, FrameDecoder, FramingError, LineDecoder, frame
 
 Json = Dict[str, Any]

@@ -113,6 +113,7 @@ class OutputLog:
         if self._writing is not None:
             self._stamp()
             self._writing = None
+            self._trim()
         self._retry_at = 0.0
         for s in (self._out, self._err):
             if s.gap:
@@ -150,6 +151,7 @@ class OutputLog:
             self._trim()
         if self.trouble is not None and at >= self._retry_at + RETRY_SECS:
             self.trouble = None
+            self._retry_at = 0.0
 
     def _stamp(self) -> None:
         """Write down when the output up to now came. Lost on SIGKILL, it is the segment's mtime instead."""

@@ -16,8 +16,8 @@ import sqlite3
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
-from ..messages import Json, encode_text
-from ..messages import decode as decode_json
+from ..wire import Json, encode_text
+from ..wire import decode as decode_json
 
 SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -134,7 +134,7 @@ class Registry:
 
     def add_agent(self, agent_id: str, created: float, request_id: str, spec: Json, record: Json) -> None:
         """Remember a new agent."""
-        self._write("INSERT INTO agents VALUES (?, ?, NULL, ?, ?, ?)", agent_id, created, request_id,
+        self._write("INSERT INTO agents VALUES (?, ?, NULL, ?, ?, ?)", agent_id, created, _key(request_id),
                     encode_text(spec), encode_text(record))
 
     def save_agent(self, agent_id: str, finished: float | None, record: Json) -> None:
@@ -162,7 +162,7 @@ class Registry:
 
     def spawned_by(self, request_id: str) -> str:
         """Return the id of the agent that a spawn request made, or ""."""
-        return str(self._one("SELECT id FROM agents WHERE request_id = ?", request_id) or "")
+        return str(self._one("SELECT id FROM agents WHERE request_id = ?", _key(request_id)) or "")
 
     def remove_agent(self, agent_id: str) -> None:
         """Forget an agent with its attempts and request ids; its events stay until their own time."""
@@ -184,13 +184,14 @@ class Registry:
 
     def remember(self, request_id: str, digest: bytes, reply: bytes, agent_id: str | None = None) -> None:
         """Remember the reply to a request that did something. `agent_id`: keep it as long as that agent."""
-        self._write("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", request_id, self._now(), digest,
+        self._write("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", _key(request_id), self._now(), digest,
                     agent_id, reply)
 
     def recall(self, request_id: str) -> Remembered | None:
         """Return what was remembered of a request."""
         self.commit()
-        row = self._db.execute("SELECT digest, reply FROM requests WHERE request_id = ?", (request_id,)).fetchone()
+        row = self._db.execute("SELECT digest, reply FROM requests WHERE request_id = ?",
+                               (_key(request_id),)).fetchone()
         return Remembered(row[0], row[1]) if row else None
 
     # ------------------------------------------------------------ events
@@ -230,3 +231,8 @@ class Registry:
         """Commit and let go of the file."""
         self.commit()
         self._db.close()
+
+
+def _key(request_id: str) -> str:
+    """Return a request id as column text: JSON may hold lone surrogates, which sqlite's UTF-8 cannot."""
+    return encode_text(request_id)

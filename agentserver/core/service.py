@@ -18,12 +18,14 @@ from typing import Callable
 
 from ..config import ServerConfig
 from ..errors import AgentServerError
-from ..messages import PROTOCOL_VERSION, Json, ShutdownRequest, rfc3339
+from ..messages import ShutdownRequest
+from ..wire import Json, rfc3339
 from . import process, tree
 from .channel import Channel
 from .connection import Connection
 from .control import Control, Peer
 from .counters import NAMES, Counters
+from .facts import Facts
 from .feed import Feed
 from .lock import lock
 from .log import Log
@@ -41,7 +43,7 @@ class Service:
     def __init__(self, started: Json, say: Callable[[str], None]) -> None:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
-        self._started, self._say = started, say
+        self._say = say
         self._nofile = process.raise_descriptor_limit()[0]
         process.reserve()
         self.reactor = Reactor()
@@ -51,13 +53,12 @@ class Service:
         feed = Feed(self.registry)
         self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
                                      started.get("nofile", self._nofile), tree.become_subreaper(), say)
-        self.control = Control(self.supervisor, self._facts, self._stats, self._on_shutdown, config.message_bytes, say)
+        self.facts = Facts(self._config, started)
+        self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, config.message_bytes, say)
         self.handle = self.control.handle
         self._feed = feed
         self._connections: set[Connection] = set()
         self._dirty: dict[Connection, None] = {}
-        self._shell: Json = {}
-        self._metadata: dict[str, str] = {}
         self.reactor.end_of_turn = self._end_of_turn
         self._listener: socket.socket | None = None
         self._inode = 0
@@ -66,7 +67,7 @@ class Service:
         """Give the server the id it had before, where none was configured."""
         from dataclasses import replace
 
-        from ..messages import new_id
+        from ..wire import new_id
         server_id = config.server_id or self.registry.get("server_id") or new_id()
         self.registry.put("server_id", server_id)
         return replace(config, server_id=server_id)
@@ -179,8 +180,7 @@ class Service:
 
     def hello(self, facts: Json) -> None:
         """A shell said where it listens."""
-        self._shell = facts
-        self._metadata = {}
+        self.facts.set_shell(facts)
 
     def dirty(self, connection: Connection) -> None:
         """Send what this connection has, at the end of the turn."""
@@ -192,40 +192,15 @@ class Service:
         self._dirty.pop(connection, None)
         self._feed.subscribe(connection, ())
         if connection.shell is not None and not any(c.shell for c in self._connections):
-            self.hello({})
-
-    # ------------------------------------------------------------ what is told of the server
-
-    def _uptime(self) -> float:
-        import time
-        return max(0.0, round(time.time() - float(self._started["started_at"]), 6))
-
-    def _facts(self) -> Json:
-        return {"healthy": self.supervisor.state == "up", "protocol_version": PROTOCOL_VERSION,
-                "uptime_secs": self._uptime(), "active_agents": self.supervisor.active,
-                "metadata": self._metadata or self._describe()}
-
-    def _describe(self) -> dict[str, str]:
-        from .. import __version__
-        self._metadata = {
-            "server_id": self._config.server_id, "endpoint": str(self._shell.get("endpoint", "")),
-            "pub_endpoint": str(self._shell.get("pub_endpoint", "")), "max_agents": str(self.config.max_agents),
-            "version": __version__, "hostname": socket.gethostname(), "pid": str(self._started["keeper_pid"]),
-            "shell_pid": str(self._shell.get("pid", "")), "core_pid": str(os.getpid()),
-            "generation": str(self._started["generation"]), "state_dir": self.config.state_dir,
-            "status_update_interval_secs": f"{self.config.status_update_interval_secs:g}"}
-        return self._metadata
+            self.facts.set_shell({})
 
     def _stats(self) -> Json:
         by_status: dict[str, int] = {}
         for agent in self.supervisor.agents.values():
             by_status[agent.status] = by_status.get(agent.status, 0) + 1
-        shell = self._shell.get("pid")
-        return {"started_at": rfc3339(self._started["started_at"]), "uptime_secs": self._uptime(),
+        return {"started_at": rfc3339(self.facts.started_at), "uptime_secs": self.facts.uptime(),
                 **{name: self.counters.get(name) for name in NAMES},
-                "active_agents": self.supervisor.active, "agents_by_status": by_status,
-                "core": tree.usage(os.getpid()), "keeper": tree.usage(self._started["keeper_pid"]),
-                "shell": tree.usage(shell) if shell else {}}
+                "active_agents": self.supervisor.active, "agents_by_status": by_status, **self.facts.usage()}
 
 
 def peer_of(sock: socket.socket) -> tuple[int, str]:

@@ -14,7 +14,8 @@ from typing import Callable, Iterator, Mapping
 
 from ..config import ServerConfig
 from ..errors import RequestError
-from ..messages import AgentConfig, Json, new_id, read, rfc3339, to_wire
+from ..messages import AgentConfig
+from ..wire import Json, new_id, read, rfc3339, to_wire
 from . import backends, lifecycle, process, tree
 from .agent import Agent, new_record
 from .counters import Counters
@@ -207,7 +208,7 @@ class Supervisor:
         if run.cause is not None or agent.status == lifecycle.PAUSED:
             what = "being stopped" if run.cause is not None else "paused already"
             raise RequestError(f"{agent.label()} is {what}", "invalid_state")
-        self.family.signal_all(agent, SIGSTOP, "TtZX")
+        self.family.stop(agent)
         agent.step(lifecycle.PAUSE)
         agent.paused_at, agent.pause_mode = time.time(), "forced"
         self._changed(agent, "paused: the whole tree got SIGSTOP")
@@ -344,12 +345,14 @@ class Supervisor:
 
     def heartbeat(self) -> None:
         """Tell listeners who is there, and whose output has grown."""
+        self.retain()
+        if not self.feed.anyone:
+            return
         self.feed.server_heartbeat(self.config.server_id, self.state, self.active)
         for agent in self.live:
             size = sum(agent.output.span(stream)[1] for stream in ("stdout", "stderr"))
             self.feed.heartbeat(agent.id, "output_available" if size != agent.reported else "heartbeat", agent.status)
             agent.reported = size
-        self.retain()
 
     # ------------------------------------------------------------ the server's own end
 

@@ -1,6 +1,14 @@
-"""The network side (pyzmq); it decides nothing about agents.
+"""The shell: the network side. pyzmq lives here and nowhere else.
 
-Reading order: `endpoints` (addresses, socket options), `server` (AgentServer: the REP loop),
-`child` (the same as a process of the keeper), `monitor` (events to subscribers), `link` (the client's end).
-This package imports nothing by itself, so that looking at it does not load pyzmq.
+Owns:    this map. Read in this order; each file uses only those above it:
+
+    endpoints   addresses, socket options, refusals of our own
+    link        the ZeroMQ end for clients
+    monitor     the monitor thread: the core's events to subscribers
+    loop        the REP loop
+    server      AgentServer: the shell as a Python object
+    child       the shell as a process of the keeper
+
+Runs in: see each file. Nothing is imported here, so that looking at the package does not load pyzmq.
+Unaware: of agents. It passes bytes between the network and the core, and decides nothing.
 """

@@ -14,7 +14,7 @@ from typing import Any, Dict, List
 
 from ..core.framing import LineDecoder
 from ..errors import AgentServerError, LinkError
-from ..messages import MAX_WIRE, encode
+from ..wire import MAX_WIRE, encode
 from .server import Front, ShellLock
 
 Json = Dict[str, Any]
@@ -112,7 +112,9 @@ def _serve(channel: Channel, hello: Json) -> None:
                 hello.get("endpoint") or config.endpoint,
                 hello["pub_endpoint"] if again and "pub_endpoint" in hello else config.pub_endpoint,
                 _REBIND_SECS if again else 0.0)
-            channel.tell({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint}})
-            front.loop(channel).run()
+            loop = front.loop(channel)
+            if loop.meet():
+                channel.tell({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint}})
+                loop.run()
         finally:
             front.close()

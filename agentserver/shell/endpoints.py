@@ -18,7 +18,8 @@ import zmq
 
 from ..core.link import NotThere, dial
 from ..errors import AgentServerError, LinkError, StartError
-from ..messages import MAX_WIRE, REQUESTS, decode, encode
+from ..messages import REQUESTS
+from ..wire import MAX_WIRE, decode, encode
 
 MAX_TOPIC = 512            # bytes
 _QUEUED_REPLIES = 100      # per peer; a REQ peer has one outstanding

@@ -13,7 +13,7 @@ from typing import Any, Dict, Optional, Sequence, Set
 import zmq
 
 from ..errors import LinkError, RequestTimeout
-from ..messages import encode, new_id
+from ..wire import encode, new_id
 from .endpoints import probe, req_socket, sub_socket
 
 Json = Dict[str, Any]

@@ -4,25 +4,26 @@ Owns:    the order of receive and send on the REP socket, so that each request g
 Runs in: the thread that called `AgentServer.start`, or the main thread of the shell process.
 Unaware: of what a request means. Who may end the loop, and when, is the owner's business.
 
-Waiting: a receive without waiting comes first, and only when there is nothing the loop sleeps in one
-poll on the socket's descriptor (edge-triggered: valid just then), the wake descriptor and the core's.
+Waiting: the socket is asked first, and only when it has nothing the loop sleeps in one poll on the
+socket's descriptor (edge-triggered: valid just then), the wake descriptor and the core's.
 """
 from __future__ import annotations
 
 import select
 import time
-from typing import Any, Optional, Protocol
+from typing import Any, Callable, Optional, Protocol
 
 import zmq
 
 from ..core.link import FrameLink, NotThere
 from ..errors import LinkError
-from ..messages import encode, new_id
+from ..wire import encode, new_id
 from .endpoints import failed_reply
 
 PEER = encode({"kind": "zmq", "name": "tcp client"})
 _SLICE_SECS = 1.0      # how often a held request looks at whether the server is to end
 _SOON_SECS = 5.0       # so long a lost core is looked for eagerly
+_MEET_MS = 5           # between two tries to reach a core that is starting beside us
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
 
@@ -54,20 +55,29 @@ class RepLoop:
         self._shutdown = encode({"type": "shutdown_request", "request_id": new_id()})
         self._shutdown_on = 0  # the connection to the core on which it was sent
 
+    def meet(self) -> bool:
+        """Wait until the core knows us, so that it can tell where we listen; return False if it is over before."""
+        while not self._tend():
+            if self._gone_at is None:
+                return True
+            _readable(self._owner.wake_fd, _MEET_MS)
+        return False
+
     def run(self) -> None:
         """Serve; may be called again after an exception."""
         self._settle()
         if self._tend():
             return
-        recv, send, more = self._rep.recv, self._rep.send, self._rep.getsockopt
+        recv, send = self._rep.recv, self._rep.send
+        option: Callable[[int], Any] = self._rep.getsockopt
+        events, more, readable = zmq.EVENTS, zmq.RCVMORE, zmq.POLLIN
         while True:
-            try:
-                raw = recv(zmq.NOBLOCK)
-            except zmq.Again:
+            if not option(events) & readable:
                 if self._wait():
                     return
                 continue
-            send(self._refuse_parts() if more(zmq.RCVMORE) else self._ask(raw))
+            raw = recv()
+            send(self._refuse_parts() if option(more) else self._ask(raw))
 
     def _settle(self) -> None:
         """Give the reply that is owed if an exception (Ctrl-C) came between a request and its reply."""
@@ -162,7 +172,7 @@ class RepLoop:
         return False
 
 
-def _readable(fd: int) -> bool:
+def _readable(fd: int, millis: int = 0) -> bool:
     probe = select.poll()
     probe.register(fd, select.POLLIN)
-    return any(events & _READABLE for _fd, events in probe.poll(0))
+    return any(events & _READABLE for _fd, events in probe.poll(millis))

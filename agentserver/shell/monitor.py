@@ -20,7 +20,7 @@ import zmq
 
 from ..core.link import FrameStream
 from ..errors import LinkError, StartError
-from ..messages import encode, new_id
+from ..wire import encode, new_id
 from .endpoints import MAX_TOPIC, Bound, bind, is_stream_topic, xpub_socket
 
 MOST_TOPICS = 10_000       # beyond it the core is asked for everything, and libzmq does the choosing

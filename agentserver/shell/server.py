@@ -18,7 +18,8 @@ import zmq
 
 from ..core.link import FrameLink, LineLink, dial, socket_path
 from ..errors import LinkError, RequestError, StartError
-from ..messages import Health, ServerStats, encode, new_id
+from ..results import Health, ServerStats
+from ..wire import encode, new_id
 from .endpoints import Bound, bind, rep_socket
 from .loop import Owner, RepLoop
 from .monitor import Monitor
@@ -89,9 +90,10 @@ class AgentServer:
 
     def _run(self, front: Front) -> None:
         loop = front.loop(self._stopper)
-        self._running.set()
         try:
-            loop.run()
+            if loop.meet():
+                self._running.set()
+                loop.run()
         except KeyboardInterrupt:
             self.stop()
             loop.run()

@@ -1,0 +1,58 @@
+"""What a health check tells of the server as a whole.
+
+Owns:    who and where the parts of the server are, and since when it runs.
+Runs in: the core's thread.
+Unaware: of agents and of who asks.
+"""
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from ..config import ServerConfig
+from ..wire import Json, encode
+from . import tree
+
+
+class Facts:
+    """`started` is what the keeper told its core: config, started_at, generation, keeper_pid."""
+
+    def __init__(self, config: ServerConfig, started: Json) -> None:
+        self._config = config
+        self.started_at = float(started["started_at"])
+        self._keeper_pid, self._generation = int(started["keeper_pid"]), int(started["generation"])
+        self._shell: Json = {}
+        self._json = b""
+
+    def set_shell(self, shell: Json) -> None:
+        """Note where the shell listens; empty when there is none."""
+        self._shell = shell
+        self._json = b""
+
+    def uptime(self) -> float:
+        """Return the seconds since the server was started, across deaths of its parts."""
+        return max(0.0, time.time() - self.started_at)
+
+    def metadata(self) -> dict[str, str]:
+        """Return the metadata of a health check; all text, as the protocol says."""
+        from .. import __version__
+        config = self._config
+        return {"server_id": config.server_id, "endpoint": str(self._shell.get("endpoint", "")),
+                "pub_endpoint": str(self._shell.get("pub_endpoint", "")), "max_agents": str(config.max_agents),
+                "version": __version__, "hostname": socket.gethostname(), "pid": str(self._keeper_pid),
+                "shell_pid": str(self._shell.get("pid", "")), "core_pid": str(os.getpid()),
+                "generation": str(self._generation), "state_dir": config.state_dir,
+                "status_update_interval_secs": f"{config.status_update_interval_secs:g}"}
+
+    def metadata_json(self) -> bytes:
+        """Return the metadata as JSON, from memory while nothing has changed."""
+        if not self._json:
+            self._json = encode(dict(self.metadata()))
+        return self._json
+
+    def usage(self) -> Json:
+        """Return what our processes use."""
+        shell = self._shell.get("pid")
+        return {"core": tree.usage(os.getpid()), "keeper": tree.usage(self._keeper_pid),
+                "shell": tree.usage(int(shell)) if shell else {}}

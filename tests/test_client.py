@@ -1,0 +1,535 @@
+"""The client library: addresses, asking again, typed results, and following without a gap or a repeat.
+
+Owns:    the tests of agentserver/client.py and agentserver/follow.py.
+Runs in: the test process, against a core that is a thread and can lie, stutter and die.
+Unaware: of real agents; the contract suite has those.
+"""
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import pytest
+from fakecore import Connection, FakeCore
+from support import MAIN, wait_until
+
+from agentserver import AgentClient, client, follow
+from agentserver.core.link import LineLink, NotThere, socket_path
+from agentserver.errors import LinkError, RequestError, RequestTimeout
+from agentserver.wire import encode, wire_text
+
+Json = Dict[str, Any]
+ID = "12345678-1234-4234-8234-123456789abc"
+
+
+class Story:
+    """One agent as a core would tell of it: what it wrote, whether it ended, what happened."""
+
+    def __init__(self) -> None:
+        self.output = {"stdout": b"", "stderr": b""}
+        self.first = 0               # bytes before are no longer kept
+        self.status = "running"
+        self.events: List[Json] = []
+        self.asked: List[Json] = []
+        self.listeners: List[Connection] = []
+        self.before_reply: Dict[str, Any] = {}   # command_type -> called once before it is answered
+
+    def handle(self, raw: bytes, connection: Connection) -> Optional[bytes]:
+        message = json.loads(raw)
+        self.asked.append(message)
+        fields = getattr(self, message["type"])(message, connection)
+        return encode({"type": message["type"].replace("request", "response"), "request_id": message["request_id"],
+                       "success": True, **fields})
+
+    def subscribe_request(self, message: Json, connection: Connection) -> Json:
+        self.listeners.append(connection)
+        return {"sequence": len(self.events)}
+
+    def control_command(self, message: Json, connection: Connection) -> Json:
+        command = message["command_type"]
+        self.before_reply.pop(command, lambda: None)()
+        if message["agent_id"] not in (ID, "worker"):
+            return {"success": False, "error": "there is no such agent", "error_code": "agent_not_found"}
+        data: Json = {}
+        if command.startswith("read_"):
+            data = self.read(command[5:], **message["payload"])
+        elif command == "inspect":
+            data = {"agent_info": {"id": ID, "name": "worker", "status": self.status, "exit": {"code": 3}}}
+        return {"agent_id": ID, "status": self.status, "data": data}
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("completed", "failed", "terminated")
+
+    def read(self, stream: str, offset: int = 0, max_bytes: int = 65536) -> Json:
+        begin = max(offset, self.first)
+        data = self.output[stream][begin:begin + max_bytes]
+        text, encoding = wire_text(data)
+        return {"data": text, "encoding": encoding, "bytes": len(data), "offset": begin,
+                "next_offset": begin + len(data), "first_offset": self.first, "dropped": begin - offset,
+                "eof": self.ended and begin + len(data) == len(self.output[stream])}
+
+    def events_request(self, message: Json, connection: Connection) -> Json:
+        found = [event for event in self.events if event["sequence"] > message["since"]
+                 and message.get("agent_id") in (None, event["agent_id"])]
+        page = found[:min(message["limit"], 2)]
+        return {"events": page, "next": page[-1]["sequence"] if page else min(message["since"], len(self.events)),
+                "first_kept": 1, "more": len(found) > len(page)}
+
+    # ------------------------------------------------------------ telling
+
+    def push(self, message: Json) -> None:
+        for listener in self.listeners:
+            try:
+                listener.push(message)
+            except OSError:
+                pass
+
+    def write(self, data: bytes, stream: str = "stdout", push: bool = True) -> None:
+        offset = len(self.output[stream])
+        self.output[stream] += data
+        if push:
+            self.tell(offset, len(self.output[stream]), stream)
+
+    def tell(self, begin: int, end: int, stream: str = "stdout") -> None:
+        text, encoding = wire_text(self.output[stream][begin:end])
+        self.push({"type": "log_stream", "topic": f"{ID}.{stream}", "agent_id": ID, "stream_type": stream, "data": text,
+                   "encoding": encoding, "offset": begin, "next_offset": end, "sequence": len(self.events),
+                   "eof": self.ended and end == len(self.output[stream])})
+
+    def happen(self, status: str, push: bool = True) -> None:
+        self.status = status
+        self.events.append({"type": "status_update", "topic": f"status.{ID}", "agent_id": ID, "status": status,
+                            "update_type": "status_changed", "sequence": len(self.events) + 1})
+        if push:
+            self.push(self.events[-1])
+
+    def end(self, push: bool = True) -> None:
+        self.happen("failed", push)
+        for stream, data in self.output.items():
+            if push:
+                self.tell(len(data), len(data), stream)
+
+    def reads(self) -> List[Json]:
+        return [message["payload"] for message in self.asked if message.get("command_type", "").startswith("read_")]
+
+
+@pytest.fixture
+def story() -> Story:
+    return Story()
+
+
+@pytest.fixture
+def core(state_dir: Path, story: Story) -> Iterator[FakeCore]:
+    with FakeCore(socket_path(str(state_dir)), story.handle) as core:
+        yield core
+
+
+@pytest.fixture
+def caller(core: FakeCore, state_dir: Path) -> Iterator[AgentClient]:
+    with AgentClient(f"unix:{state_dir}", timeout=20) as caller:
+        yield caller
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the truth often, as over a link that loses hints."""
+    monkeypatch.setattr(LineLink, "recheck_secs", 0.05)
+
+
+# ---------------------------------------------------------------- addresses
+
+def test_an_address_is_found_when_none_is_given(state_dir: Path) -> None:
+    assert client.default_address({"AGENTSERVER_SERVER": "tcp://h:1", "HOME": "/x"}) == "tcp://h:1"
+    environ = {"AGENTSERVER_STATE_DIR": str(state_dir), "HOME": "/x"}
+    assert client.default_address(environ) == "tcp://127.0.0.1:5555"
+    (state_dir / "core.sock").touch()
+    assert client.default_address(environ) == f"unix:{state_dir}/core.sock"
+
+
+@pytest.mark.parametrize("address, sentence", [
+    ("ssh://host", "later version"), ("5555", "not an address"), ("http://x", "not an address"),
+    ("unix:", "not an address")])
+def test_what_is_no_address_is_said(address: str, sentence: str) -> None:
+    with pytest.raises(LinkError, match=sentence):
+        AgentClient(address)
+
+
+def test_without_pyzmq_the_local_socket_is_recommended() -> None:
+    code = ("import sys; sys.modules['zmq'] = None\n"
+            "import agentserver\n"
+            "try: agentserver.AgentClient('tcp://127.0.0.1:1')\n"
+            "except agentserver.LinkError as e: print(e)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=str(MAIN.parent.parent))
+    assert "pip install pyzmq" in done.stdout and not done.stderr and done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "ipc:///no/such/socket", "unix:/no/such/socket"])
+def test_nobody_there_is_said_soon(address: str) -> None:
+    if not address.startswith("unix:"):
+        pytest.importorskip("zmq")
+    with AgentClient(address, retry_secs=0) as caller, pytest.raises(LinkError, match="agentserver serve"):
+        caller.health()
+
+
+# ---------------------------------------------------------------- one request
+
+def test_a_refusal_is_an_error_with_code_and_reply(caller: AgentClient) -> None:
+    with pytest.raises(RequestError) as caught:
+        caller.control("nobody", "get_status")
+    assert (caught.value.code, str(caught.value)) == ("agent_not_found", "there is no such agent")
+    assert caught.value.reply and caught.value.reply["success"] is False
+
+
+def test_the_same_bytes_are_sent_again_when_the_core_died(caller: AgentClient, core: FakeCore, story: Story) -> None:
+    assert caller.agent("worker").id == ID
+    handler = core.handler
+
+    def dies(raw: bytes, connection: Connection) -> Optional[bytes]:
+        core.handler = handler
+        connection.cut()
+        return None
+
+    core.handler = dies
+    assert caller.agent("worker").id == ID
+    assert core.heard[-1] == core.heard[-2] != core.heard[0]
+
+
+def test_a_server_that_comes_back_is_found(caller: AgentClient, core: FakeCore, story: Story) -> None:
+    assert caller.agent("worker").id == ID
+    core.close(crash=True)
+    successor: List[FakeCore] = []
+    timer = threading.Timer(0.2, lambda: successor.append(FakeCore(core.path, story.handle)))
+    timer.start()
+    assert caller.agent("worker").id == ID
+    timer.join()
+    successor[0].close()
+
+
+def test_silence_is_a_timeout_and_absence_is_not(caller: AgentClient, core: FakeCore, state_dir: Path) -> None:
+    core.handler = lambda raw, connection: None
+    with pytest.raises(RequestTimeout, match="safe"):
+        caller.request({"type": "health_check_request"}, timeout=0.1)
+    core.close()
+    with AgentClient(f"unix:{state_dir}/core.sock") as other, pytest.raises(NotThere):
+        other.health()
+
+
+def test_a_reply_to_something_else_is_not_believed(caller: AgentClient, core: FakeCore) -> None:
+    for answer in (b'{"request_id": "other", "success": true}', b"[]", b"hello"):
+        core.handler = lambda raw, connection, answer=answer: answer
+        with pytest.raises(LinkError, match="is it an agentserver"):
+            caller.health()
+
+
+def test_a_spawn_says_what_it_does_not_know(caller: AgentClient) -> None:
+    with pytest.raises(TypeError, match="enviroment"):
+        caller.spawn(["true"], enviroment={})
+
+
+def test_bytes_and_text_reach_stdin_as_they_are(caller: AgentClient, story: Story) -> None:
+    agent = caller.agent("worker")
+    for data in ("häß\n", b"\xff\0", "\udcff"):
+        agent.write(data)
+    sent = [message["payload"] for message in story.asked if message.get("command_type") == "write_stdin"]
+    assert [(payload["data"], payload["encoding"]) for payload in sent] == [
+        ("häß\n", "utf-8"), ("/wA=", "base64"), ("/w==", "base64")]
+
+
+def test_a_batch_does_not_raise_for_those_that_refuse(caller: AgentClient, core: FakeCore) -> None:
+    core.handler = lambda raw, connection: encode({
+        "request_id": json.loads(raw)["request_id"], "success": False, "error": "1 of 1 failed", "failed": 1,
+        "error_code": "invalid_state", "results": [{"agent_id": ID, "success": False}]})
+    outcome = caller.batch("stop", [ID])
+    assert (outcome.success, outcome.failed, len(outcome.results)) == (False, 1, 1)
+
+
+# ---------------------------------------------------------------- following output
+
+def followed(caller: AgentClient, **options: Any) -> Dict[str, bytes]:
+    """Follow to the end and put together what came; each chunk has to begin where the one before ended."""
+    got, reached = {"stdout": b"", "stderr": b""}, {"stdout": 0, "stderr": 0}
+    for agent_id, stream, chunk in caller.follow("worker", timeout=20, **options):
+        assert agent_id == ID and chunk.offset == reached[stream] + chunk.dropped
+        assert len(chunk.data) == chunk.next_offset - chunk.offset
+        got[stream] += chunk.data
+        reached[stream] = chunk.next_offset
+    return got
+
+
+class Follower:
+    """Follows in a thread of its own, as people do: it sits waiting when the agent writes."""
+
+    def __init__(self, address: str) -> None:
+        self.got = b""
+        self._address = address
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        with AgentClient(self._address, timeout=20) as caller:
+            for _, _, chunk in caller.follow("worker", streams=["stdout"], timeout=20):
+                self.got += chunk.data
+
+    def has(self, data: bytes) -> None:
+        wait_until(lambda: self.got == data, what=f"{data!r}; there is {self.got!r}")
+
+    def finished(self) -> bytes:
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        return self.got
+
+
+def test_an_ended_agent_is_followed_to_its_end_at_once(caller: AgentClient, story: Story) -> None:
+    story.write(b"a" * 100_000)
+    story.write(b"\xff\xfe", "stderr")
+    story.end()
+    assert followed(caller) == story.output
+
+
+def test_pushed_bytes_are_used_without_asking(caller: AgentClient, story: Story) -> None:
+    story.write(b"backlog\n")
+    follower = Follower(caller.address)
+    wait_until(lambda: len(story.reads()) == 2)      # the second finds nothing more
+    for line in (b"one\n", b"\xff\xfe\n", b"two\n"):
+        story.write(line)
+        follower.has(story.output["stdout"])
+    story.end()
+    assert follower.finished() == story.output["stdout"] and len(story.reads()) == 2
+
+
+def test_gaps_repeats_and_overlaps_are_mended(caller: AgentClient, story: Story) -> None:
+    story.write(b"0123456789")
+    follower = Follower(caller.address)
+    wait_until(lambda: len(story.reads()) == 2)
+    story.tell(0, 10)                      # all of it again
+    story.tell(0, 5)                       # a part of it again
+    story.write(b"abcdef", push=False)
+    story.tell(8, 13)                      # overlapping both ways
+    story.write(b"ghi", push=False)        # lost
+    story.write(b"jkl")
+    story.end()
+    assert follower.finished() == story.output["stdout"] == b"0123456789abcdefghijkl"
+
+
+def test_what_is_never_pushed_is_found_by_looking(caller: AgentClient, story: Story, hasty: None) -> None:
+    chunks = caller.follow("worker")
+    story.write(b"first")
+    assert next(chunks)[2].data == b"first"
+    story.write(b"second", push=False)
+    assert next(chunks)[2].data == b"second"
+    story.end(push=False)
+    assert list(chunks) == []
+
+
+def test_a_broken_connection_loses_and_repeats_nothing(caller: AgentClient, core: FakeCore, story: Story) -> None:
+    story.write(b"before ")
+    follower = Follower(caller.address)
+    wait_until(lambda: len(story.reads()) == 2)
+    core.cut()
+    story.write(b"meanwhile ", push=False)
+    follower.has(b"before meanwhile ")
+    wait_until(lambda: len(story.listeners) == 2)
+    story.write(b"after")
+    story.end()
+    assert follower.finished() == b"before meanwhile after"
+
+
+def test_dropped_bytes_are_counted(caller: AgentClient, story: Story) -> None:
+    story.write(b"0123456789")
+    story.first = 4
+    story.end()
+    (_, _, chunk), = caller.follow("worker", streams=["stdout"], offsets={"stdout": 1})
+    assert (chunk.data, chunk.offset, chunk.dropped) == (b"456789", 4, 3)
+
+
+def test_offsets_say_where_to_begin(caller: AgentClient, story: Story) -> None:
+    story.write(b"0123456789")
+    story.write(b"abc", "stderr")
+    story.end()
+    got = {stream: chunk.data for _, stream, chunk in caller.follow("worker", offsets={(ID, "stdout"): 8, "stderr": 1})}
+    assert got == {"stdout": b"89", "stderr": b"bc"}
+
+
+def test_a_follower_can_be_bounded_in_time(caller: AgentClient) -> None:
+    with pytest.raises(RequestTimeout):
+        list(caller.follow("worker", timeout=0.05))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_lost_or_repeated_each_byte_comes_once(
+        caller: AgentClient, core: FakeCore, story: Story, hasty: None, seed: int) -> None:
+    dice = random.Random(seed)
+
+    def live() -> None:
+        for _ in range(60):
+            stream = dice.choice(["stdout", "stderr"])
+            story.write(bytes(dice.randrange(256) for _ in range(dice.randrange(1, 40))), stream, dice.random() < 0.6)
+            size = len(story.output[stream])
+            begin = dice.randrange(size)
+            if dice.random() < 0.5:
+                story.tell(begin, dice.randrange(begin, size) + 1, stream)
+            if dice.random() < 0.05:
+                core.cut()
+        story.end(dice.random() < 0.5)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    got = followed(caller)
+    thread.join()
+    assert got == story.output
+
+
+def test_lines_are_whole_whatever_the_chunks(caller: AgentClient, story: Story) -> None:
+    agent = caller.agent("worker")
+    for piece in (b"on", b"e\ntw", b"o\n\n", b"\xff", b"\nlast"):
+        story.write(piece)
+    assert list(agent.lines(follow=False)) == ["one", "two", "", "\ufffd", "last"]
+    story.end()
+    assert list(agent.lines()) == ["one", "two", "", "\ufffd", "last"]
+
+
+# ---------------------------------------------------------------- waiting
+
+def test_waiting_ends_with_the_event(caller: AgentClient, story: Story) -> None:
+    story.before_reply["get_status"] = lambda: threading.Timer(0.1, story.end).start()
+    assert caller.agent("worker").wait(timeout=20).code == 3
+
+
+def test_an_end_that_nobody_told_of_is_found(caller: AgentClient, story: Story, hasty: None) -> None:
+    timer = threading.Timer(0.1, story.end, [False])
+    timer.start()
+    (info,) = caller.wait(["worker"], timeout=20)
+    timer.join()
+    assert info.status == "failed"
+
+
+def test_waiting_for_a_status_ends_with_it_or_with_the_agent(caller: AgentClient, story: Story) -> None:
+    assert caller.wait("worker", status="running")[0].status == "running"
+    story.end()
+    assert caller.wait("worker", status="paused", timeout=20)[0].status == "failed"
+
+
+def test_waiting_can_be_bounded_and_names_who_is_late(caller: AgentClient) -> None:
+    with pytest.raises(RequestTimeout, match=f"agent {ID} had not ended"):
+        caller.wait("worker", timeout=0.05)
+
+
+# ---------------------------------------------------------------- events
+
+def test_stored_events_come_in_order_each_once(caller: AgentClient, story: Story) -> None:
+    for status in ("initializing", "running", "paused"):
+        story.happen(status)
+    events = caller.follow_events(since=1)
+    got = [next(events)["sequence"] for _ in range(2)]
+    story.happen("running")
+    got.append(next(events)["sequence"])
+    story.push(story.events[1])                                   # an old one again
+    story.push({"type": "status_update", "topic": f"status.{ID}", "agent_id": ID, "update_type": "heartbeat",
+                "sequence": 4})
+    story.happen("paused", push=False)                            # lost
+    story.happen("running")
+    got += [next(events)["sequence"] for _ in range(2)]
+    assert got == [2, 3, 4, 5, 6]
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_a_server_heartbeat_tells_of_a_lost_event(caller: AgentClient, story: Story) -> None:
+    story.happen("running")
+    events = caller.follow_events(since=0)
+    assert next(events)["sequence"] == 1
+    story.happen("paused", push=False)
+    story.push({"type": "server_update", "topic": "server", "state": "up", "sequence": 2})
+    assert next(events) == story.events[1]
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_from_now_on_means_nothing_old(caller: AgentClient, story: Story) -> None:
+    story.happen("running")
+    events = caller.follow_events(agent="worker")
+    timer = threading.Timer(0.1, story.happen, ["paused"])
+    timer.start()
+    assert next(events)["sequence"] == 2
+    timer.join()
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_the_newest_event_is_found_also_without_being_told(caller: AgentClient, story: Story) -> None:
+    for status in itertools.islice(itertools.cycle(["running", "paused"]), 7):
+        story.happen(status)
+    assert follow._latest(caller) == 7
+
+
+# ---------------------------------------------------------------- over ZeroMQ
+
+def test_the_same_over_zeromq(state_dir: Path, story: Story) -> None:
+    zmq = pytest.importorskip("zmq")
+    from agentserver import AgentServer, ServerConfig
+    story.health_check_request = lambda message, connection: {  # type: ignore[attr-defined]
+        "metadata": {"pub_endpoint": server.pub_endpoint}}
+    story.shutdown_request = lambda message, connection: {}  # type: ignore[attr-defined]
+    with FakeCore(socket_path(str(state_dir)), story.handle) as core:
+        server = AgentServer(ServerConfig(state_dir=str(state_dir), endpoint=f"ipc://{state_dir}/rep",
+                                          pub_endpoint="tcp://127.0.0.1:0"))
+        thread = threading.Thread(target=server.start)
+        thread.start()
+        assert server.wait_running(20) and zmq
+        with AgentClient(server.endpoint, timeout=20) as caller:
+            chunks = caller.follow("worker", streams=["stdout"], timeout=20)
+            story.write(b"one ")
+            got = next(chunks)[2].data
+            core.cut()
+            story.write(b"two ")
+            story.write(b"three")
+            story.end()
+            assert got + b"".join(chunk.data for _, _, chunk in chunks) == b"one two three"
+            assert caller.agent("worker").wait(20).code == 3
+        server.stop()
+        core.close()
+        thread.join(20)
+
+
+def test_a_lost_request_is_asked_again_over_zeromq(monkeypatch: pytest.MonkeyPatch) -> None:
+    zmq = pytest.importorskip("zmq")
+    from agentserver.shell.link import ZmqLink
+    monkeypatch.setattr(ZmqLink, "attempt_secs", 0.1)
+    heard: List[bytes] = []
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+
+        def answer() -> None:
+            for turn in range(3):
+                *route, raw = router.recv_multipart()
+                heard.append(raw)
+                if turn == 2:
+                    reply = {"type": "x", "request_id": json.loads(raw)["request_id"], "success": True, "healthy": True}
+                    router.send_multipart([*route, encode(reply)])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with AgentClient(f"tcp://127.0.0.1:{port}", timeout=20) as caller:
+            assert caller.health().healthy
+        thread.join()
+    assert len(heard) == 3 and len(set(heard)) == 1
+
+
+def test_publishing_off_does_not_stop_a_follower(
+        caller: AgentClient, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: LineLink, *_: Any, **__: Any) -> Json:
+        raise LinkError("this server publishes nothing")
+
+    monkeypatch.setattr(LineLink, "subscribe", refuse)
+    monkeypatch.setattr(follow, "_BLIND_SECS", 0.02)
+    timer = threading.Timer(0.1, lambda: (story.write(b"unheard"), story.end()))
+    began = time.monotonic()
+    timer.start()
+    assert followed(caller)["stdout"] == b"unheard" and time.monotonic() >= began
+    timer.join()

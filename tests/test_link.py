@@ -1,0 +1,240 @@
+"""The links to a core: lines for clients, frames for the shell, and what happens when the core is away.
+
+Owns:    the tests of agentserver/core/link.py.
+Runs in: the test process, against a core that is a thread.
+Unaware: of real cores, agents and ZeroMQ.
+"""
+from __future__ import annotations
+
+import json
+import os
+import select
+import threading
+import time
+from pathlib import Path
+from typing import Iterator, List, Optional, Tuple
+
+import pytest
+from fakecore import Connection, FakeCore, echo
+from support import wait_until
+
+from agentserver.core.link import FrameLink, LineLink, NotThere, dial, socket_path
+from agentserver.errors import LinkError, RequestError, RequestTimeout
+from agentserver.wire import encode
+
+
+@pytest.fixture
+def path(state_dir: Path) -> str:
+    return socket_path(str(state_dir))
+
+
+@pytest.fixture
+def link(path: str) -> Iterator[LineLink]:
+    link = LineLink(path)
+    yield link
+    link.close()
+
+
+@pytest.fixture
+def wake() -> Iterator[Tuple[int, int]]:
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@pytest.fixture
+def frames(path: str) -> Iterator[FrameLink]:
+    link = FrameLink(path, {"role": "requests", "endpoint": "tcp://127.0.0.1:1"})
+    yield link
+    link.close()
+
+
+def soon(secs: float = 10.0) -> float:
+    return time.monotonic() + secs
+
+
+# ---------------------------------------------------------------- dialling
+
+def test_a_socket_with_a_long_path_is_reached(state_dir: Path) -> None:
+    deep = state_dir / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    here = os.getcwd()
+    os.chdir(deep)
+    try:
+        core = FakeCore("core.sock")
+    finally:
+        os.chdir(here)
+    core.path = socket_path(str(deep))
+    with core:
+        link = LineLink(core.path)
+        assert json.loads(link.request(b"{}", 5))["success"]
+        link.close()
+
+
+def test_no_socket_and_a_dead_socket_are_told_apart(path: str) -> None:
+    with pytest.raises(NotThere, match="agentserver serve"):
+        dial(path)
+    FakeCore(path).close(crash=True)
+    with pytest.raises(LinkError) as caught:
+        dial(path)
+    assert not isinstance(caught.value, NotThere)
+
+
+# ---------------------------------------------------------------- lines
+
+def test_requests_share_a_connection_and_a_new_core_is_found(path: str, link: LineLink) -> None:
+    with FakeCore(path) as core:
+        for _ in range(3):
+            assert json.loads(link.request(b'{"request_id": "a"}', 5))["request_id"] == "a"
+        assert len(core.connections) == 1
+    with FakeCore(path):
+        with pytest.raises(LinkError):
+            link.request(b"{}", 5)
+        assert json.loads(link.request(b"{}", 5))["success"]
+
+
+def test_a_late_reply_does_not_meet_the_next_request(path: str, link: LineLink) -> None:
+    late: List[Connection] = []
+
+    def slow(raw: bytes, connection: Connection) -> Optional[bytes]:
+        if b"slow" in raw:
+            late.append(connection)
+            return None
+        return echo(raw, connection)
+
+    with FakeCore(path, slow):
+        with pytest.raises(RequestTimeout):
+            link.request(b'{"request_id": "slow"}', 0.05)
+        try:
+            late[0].reply(b'{"request_id": "slow"}')
+        except OSError:
+            pass
+        assert json.loads(link.request(b'{"request_id": "b"}', 5))["request_id"] == "b"
+
+
+def test_large_messages_pass_both_ways(path: str, link: LineLink) -> None:
+    with FakeCore(path):
+        raw = encode({"request_id": "a", "text": "x" * 8_000_000})
+        assert json.loads(link.request(raw, 20))["was"] == json.loads(raw)
+
+
+def test_a_message_with_line_breaks_is_refused(link: LineLink) -> None:
+    with pytest.raises(RequestError, match="one line"):
+        link.request(b"{}\n{}", 5)
+
+
+def pushing(raw: bytes, connection: Connection) -> Optional[bytes]:
+    """Push an event before and after the reply to a subscription."""
+    message = json.loads(raw)
+    connection.push({"topic": "status.a", "n": 1})
+    if message.get("topics") == ["refuse"]:
+        return json.dumps({"request_id": message["request_id"], "success": False, "error": "no such thing",
+                           "error_code": "bad_request"}).encode()
+    connection.reply(json.dumps({"request_id": message["request_id"], "success": True, "sequence": 7}).encode())
+    connection.push({"topic": "status.a", "n": 2})
+    return None
+
+
+def test_events_come_in_order_also_those_before_the_reply(path: str, link: LineLink) -> None:
+    with FakeCore(path, pushing):
+        assert link.subscribe(["status."])["sequence"] == 7
+        assert [link.next_event(5), link.next_event(5)] == [{"topic": "status.a", "n": n} for n in (1, 2)]
+        assert link.next_event(0) is None and link.next_event(0.02) is None
+
+
+def test_the_event_descriptor_tells_of_events_and_of_the_end(path: str, link: LineLink) -> None:
+    with pytest.raises(LinkError, match="subscribe first"):
+        link.next_event(0)
+    core = FakeCore(path, lambda raw, _: json.dumps(
+        {"request_id": json.loads(raw)["request_id"], "success": True}).encode())
+    with core:
+        link.subscribe(["server"], since=3)
+        assert core.messages()[0]["since"] == 3
+        assert link.next_event(0) is None and link.event_fd >= 0
+        core.connections[0].push({"topic": "server"})
+        assert select.select([link.event_fd], [], [], 10)[0]
+        assert link.next_event(0) == {"topic": "server"}
+    with pytest.raises(LinkError):
+        link.next_event(10)
+    assert link.event_fd == -1
+
+
+def test_a_refused_subscription_is_an_error(path: str, link: LineLink) -> None:
+    with FakeCore(path, pushing), pytest.raises(RequestError, match="no such thing"):
+        link.subscribe(["refuse"])
+
+
+# ---------------------------------------------------------------- frames
+
+def test_a_frame_link_says_hello_first_and_passes_bytes_untouched(
+        path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
+    with FakeCore(path) as core:
+        for raw in (b'{"a": 1}', b"", b"\xff\n\0", b"y" * 9_000_000):
+            assert frames.request(b'{"kind":"zmq"}', raw, soon(), wake[0]) == echo(raw, core.connections[0])
+        assert core.heard == [b'{"a": 1}', b"", b"\xff\n\0", b"y" * 9_000_000]
+        assert [hello["role"] for hello in core.hellos] == ["requests"]
+
+
+def test_a_stale_reply_is_dropped(path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
+    def handler(raw: bytes, connection: Connection) -> Optional[bytes]:
+        if raw == b"first":
+            return None
+        connection.reply(b"late", connection.tag - 1)
+        return b"right"
+
+    with FakeCore(path, handler):
+        with pytest.raises(LinkError):
+            frames.request(b"{}", b"first", soon(0.05), wake[0])
+        assert frames.request(b"{}", b"second", soon(), wake[0]) == b"right"
+
+
+def test_a_request_is_asked_again_when_the_core_dies(path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
+    def dies(raw: bytes, connection: Connection) -> Optional[bytes]:
+        connection.cut()
+        return None
+
+    first = FakeCore(path, dies)
+    successor: List[FakeCore] = []
+
+    def succeed() -> None:
+        wait_until(lambda: first.heard)
+        first.close(crash=True)
+        successor.append(FakeCore(path))
+
+    thread = threading.Thread(target=succeed)
+    thread.start()
+    reply = frames.request(b"{}", b'{"request_id": "a"}', soon(), wake[0])
+    thread.join()
+    assert reply and json.loads(reply)["request_id"] == "a"
+    assert set(first.heard) | set(successor[0].heard) == {b'{"request_id": "a"}'}
+    successor[0].close()
+
+
+def test_waking_hands_back_control_and_the_request_goes_on(
+        path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
+    with FakeCore(path, lambda raw, connection: b"posted" if raw == b"post" else None) as core:
+        os.write(wake[1], b"x")
+        assert frames.request(b"{}", b"a", soon(), wake[0]) is None
+        os.read(wake[0], 1)
+        wait_until(lambda: core.heard == [b"a"])
+        connection = core.connections[0]
+        asked = connection.tag
+        frames.post(b"{}", b"post")
+        wait_until(lambda: core.heard == [b"a", b"post"])
+        connection.reply(b"done", asked)
+        assert frames.resume(soon(), wake[0]) == b"done"
+
+
+def test_waking_also_ends_the_wait_for_a_core_that_is_away(
+        path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
+    os.write(wake[1], b"x")
+    assert frames.request(b"{}", b"a", soon(), wake[0]) is None
+    with FakeCore(path, lambda raw, _: raw):
+        os.read(wake[0], 1)
+        assert frames.resume(soon(), wake[0]) == b"a"
+
+
+def test_the_deadline_is_kept_when_nobody_is_there(frames: FrameLink, wake: Tuple[int, int]) -> None:
+    with pytest.raises(LinkError, match="away"):
+        frames.request(b"{}", b"a", soon(0.05), wake[0])
