@@ -28,6 +28,7 @@ CLOCK = ("import os, sys, time\nos.read(0, 1)\n"
          "for _ in range(int(sys.argv[1])):\n"
          "    os.write(1, b'%d\\n' % time.monotonic_ns()); time.sleep(float(sys.argv[2]))\n")
 CHUNK = 65536
+SETTLE_SECS = 0.1  # for programs that were started to come to their first wait
 
 
 @contextmanager
@@ -158,12 +159,30 @@ def _movers() -> Dict[str, Callable[[int, int], int]]:
 MOVERS = _movers()
 
 
+def warm(directory: Path, size: int) -> None:
+    """Fill and free the page cache once: the first touch of a virtual machine's memory costs ten times a later one."""
+    with open(directory / "warm", "wb") as file:
+        for _ in range(0, size, 1 << 20):
+            file.write(bytes(1 << 20))
+    (directory / "warm").unlink()
+
+
+def gated(path: Path) -> List[str]:
+    """Return a program that prints a file when its stdin is closed, so that starting it is not what is measured."""
+    return ["sh", "-c", 'read go; exec cat "$0"', str(path)]
+
+
 def capture(argv: Sequence[str], count: int, directory: Path, move: Callable[[int, int], int]) -> float:
-    """Return the seconds from start to end of file of `count` programs whose output goes to files."""
+    """Return the seconds from the go to the end of file of `count` gated programs whose output goes to files."""
     files = [os.open(directory / f"out-{index}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
              for index in range(count)]
-    began = time.monotonic()
     children = [popen(argv) for _ in range(count)]
+    time.sleep(SETTLE_SECS)
+    began = time.monotonic()
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.close()
+        child.stdin = None
     if count == 1:
         assert children[0].stdout is not None
         pipe = children[0].stdout.fileno()

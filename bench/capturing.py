@@ -23,7 +23,7 @@ READ = 4 << 20
 
 
 class Capture(Benchmark):
-    """From the start of a program to the end of its output, against a bare pipe → file loop."""
+    """From the go to the end of programs that print a file, against a bare pipe → file loop."""
 
     name = "capture"
     about = "capture 1 × 200 MB and 20 × 10 MB, byte-exact"
@@ -38,6 +38,7 @@ class Capture(Benchmark):
     def start(self) -> None:
         self._stack = contextlib.ExitStack()
         self._directory = self._stack.enter_context(bare.scratch())
+        bare.warm(self._directory, 600 * MB)
         if not self.limits_only:
             self._server = self._stack.enter_context(Server(output_cap_bytes=1 << 30))
 
@@ -65,15 +66,16 @@ class Capture(Benchmark):
                 self._server.control(agent, "remove")
         return found
 
-    def _program(self, size: int) -> Tuple[str, str]:
-        return "cat", str(scratch_file(self._directory, size))
+    def _program(self, size: int) -> List[str]:
+        return bare.gated(scratch_file(self._directory, size))
 
     def _captured(self, count: int, size: int) -> Tuple[float, List[str]]:
-        """Return the seconds from the first spawn to the last end, and the agents."""
-        argv = self._program(size)
+        """Return the seconds from the go to the last end event, and the agents."""
+        agents = self._server.spawn_many(count, self._program(size))
         subscriber = Subscriber(self._server.path, ["status."])
+        time.sleep(bare.SETTLE_SECS)
         began = time.monotonic()
-        agents = self._server.spawn_many(count, argv)
+        self._server.ask("batch_control_command", command_type="close_stdin", agent_ids=agents)
         running = set(agents)
         while running:
             event = subscriber.next()

@@ -88,7 +88,7 @@ class UnixClient:
         return self.line()
 
     def line(self) -> bytes:
-        data = self._recv(1 << 20)
+        data = self._recv(1 << 16)
         if data.endswith(b"\n"):
             return data
         parts = [data]

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import uuid
 
 from agentserver import AgentClient, AgentServerError
-from agentserver.wire import new_id
 
 COUNT_WORDS = "import sys; print(len(sys.stdin.read().split()))"
 
@@ -19,7 +19,7 @@ def main() -> int:
     options.add_argument("--server", help="where the server listens (default: the local one)")
     options.add_argument("files", nargs="+")
     given = options.parse_args()
-    labels = {"batch": new_id()}
+    labels = {"batch": str(uuid.uuid4())}
     with AgentClient(given.server) as client:
         agents = {name: client.spawn([sys.executable, "-c", COUNT_WORDS], name=name, labels=labels)
                   for name in given.files}

@@ -168,7 +168,11 @@ class Server:
         """Return a raw connection to the core's socket."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         link.settimeout(DEADLINE_SECS)
-        link.connect(str(self.socket_path))
+        try:
+            link.connect(str(self.socket_path))
+        except OSError:
+            link.close()
+            raise
         return link
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -247,3 +251,29 @@ class Server:
             assert not left, f"left in TMPDIR: {left}"
         finally:
             self.abandon()
+
+
+def serve(*flags: str, program: list[str] | None = None, environ: dict[str, str] | None = None,
+          until_ready: bool = False) -> tuple[int, str, str]:
+    """Run a `serve` that is expected to end by itself, and return its exit code, stdout and stderr.
+
+    With `until_ready` it may become ready, and is then ended.
+    """
+    home = short_dir()
+    argv = [*(program or [sys.executable, str(MAIN)]), "serve", *flags]
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=clean_environ(home, environ), cwd=str(ROOT))
+    try:
+        if until_ready and process.stdout is not None:
+            first = process.stdout.readline()
+            if first:
+                process.terminate()
+        out, error = process.communicate(timeout=DEADLINE_SECS)
+        assert_nothing_left(str(home))
+        return process.returncode, out.decode(), error.decode()
+    finally:
+        process.kill()
+        process.wait()
+        import shutil
+        for path in (home, scratch(home)):
+            shutil.rmtree(path, ignore_errors=True)

@@ -37,10 +37,10 @@ def documented_order() -> list[str]:
 ORDER = documented_order()
 COMMON = ("errors", "wire", "messages", "results", "config")
 CLIENT = ("follow", "client")
-#: what a layer may use of the others, besides errors, messages and config
+#: what a layer may use of the others, besides COMMON
 ACROSS = {
     "core": (),
-    "shell": ("core.link", "core.framing", "core.keeper", "core.lock"),
+    "shell": ("core.link", "core.framing", "core.keeper", "core.lock", "core.channel"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.lifecycle", "shell.link"),
     # `serve` becomes a keeper and `doctor` looks at what one would need; all else goes through the client
@@ -54,7 +54,7 @@ HOMES = {
     "argparse": ("cli",),
     "subprocess": ("core.process", "core.keeper"),
     "resource": ("core.process", "cli.doctor"),
-    "fcntl": ("core.lock", "core.output", "shell.server"),
+    "fcntl": ("core.lock", "core.output"),
     "ctypes": ("core.tree", "cli.doctor"),
     "threading": ("shell", "cli"),
     "multiprocessing": (),

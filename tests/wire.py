@@ -205,7 +205,11 @@ class LineWire(Wire):
         self.events: deque[Json] = deque()
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(DEADLINE_SECS)
-        self.socket.connect(str(path))
+        try:
+            self.socket.connect(str(path))
+        except OSError:
+            self.socket.close()
+            raise
         self._file = self.socket.makefile("rb")
 
     def send(self, raw: bytes) -> None:

@@ -42,6 +42,11 @@ class Channel:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return dict(json.loads(line))
 
+    def pending(self) -> list[Json]:
+        """Return what came together with the first word; `fileno` does not tell of it."""
+        *lines, self._buffer = self._buffer.split(b"\n")
+        return [dict(json.loads(line)) for line in lines]
+
     def receive(self) -> list[Json | None]:
         """Return what has arrived; call it when `fileno` is readable."""
         try:
@@ -53,6 +58,11 @@ class Channel:
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         words: list[Json | None] = [dict(json.loads(line)) for line in lines]
         return words if data else [*words, None]
+
+    def fail(self, sentence: str) -> int:
+        """Say why this process gives up; return its exit code."""
+        self.send({"failed": sentence})
+        return 1
 
     def finish(self, word: Json) -> None:
         """Say a last thing and hang up."""

@@ -24,6 +24,9 @@ EFFECTS = frozenset(("pause", "resume", "stop", "kill", "restart", "write_stdin"
                      "remove"))
 
 
+TIMES_MOST = 4096  # pairs in one reply; beyond it neighbours share a time
+
+
 class Commands:
     """See the module."""
 
@@ -155,7 +158,9 @@ class Commands:
         if not data:
             reply["message"] = "the stream has ended" if reply["eof"] else "nothing new"
         if payload.times:
-            reply["times"] = [[rfc3339(at), stop] for at, stop in agent.output.times(stream, got.offset, next_offset)]
+            times = agent.output.times(stream, got.offset, next_offset)
+            step = 1 + len(times) // TIMES_MOST  # the last of each step: it says when all before it was there
+            reply["times"] = [[rfc3339(at), stop] for at, stop in times[::-1][::step][::-1]]
         return reply
 
     def _standing(self, agent: Agent, stream: str) -> int:

@@ -68,6 +68,9 @@ class Control:
             reply = self._once(cls, obj, peer)
         except AgentServerError as e:
             reply = _failure(reply_type, request_id, str(e), e.code)
+        except OSError as e:  # of the output files: out of descriptors, a disk that cannot be read
+            reply = _failure(reply_type, request_id, f"the server's disk or descriptors failed: {e.strerror}",
+                             "unavailable")
         except Exception:
             self._say("a request failed inside: " + traceback.format_exc())
             reply = _failure(reply_type, request_id, "something failed inside the server; its core.log says what",
@@ -170,7 +173,8 @@ class Control:
         if refs is None:
             labels = (request.labels or {}).items()
             ended = request.command_type == "remove"  # labels choose those that the command can be meant for
-            refs = [a.id for a in self._supervisor.agents.values() if labels <= a.labels.items() and a.terminal == ended]
+            refs = [a.id for a in self._supervisor.agents.values()
+                    if labels <= a.labels.items() and a.terminal == ended]
         results: list[Json] = []
         for ref in refs:
             if request.fail_fast and results and not results[-1]["success"]:
@@ -198,9 +202,7 @@ class Control:
         agent_id = self._supervisor.find(request.agent_id).id if request.agent_id else None
         found = self._registry.events(request.since, request.limit + 1, agent_id)
         more, found = len(found) > request.limit, found[:request.limit]
-        last = decode(found[-1].encode())["sequence"] if found else request.since
-        if not more and not agent_id:
-            last = max(last, min(request.since, self._registry.sequence))
+        last = decode(found[-1].encode())["sequence"] if found else min(request.since, self._registry.sequence)
         head = encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "next": last,
                          "first_kept": self._registry.first_kept, "more": more})
         return b'%s,"events":[%s]}' % (head[:-1], ",".join(found).encode("ascii"))

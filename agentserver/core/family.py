@@ -5,7 +5,7 @@ Runs in: the core's thread.
 Unaware: of policy: it tells who is who, and signals whom it is told to.
 
 A descendant whose parent died becomes our child (see tree.py). Whose it was is told by the mark in
-its environment, else by its session, else by an earlier sight of it below its agent. One that
+its environment, else by its session, by a pipe of the agent that it holds, or by an earlier sight of it. One that
 cleared its environment and was never seen belongs to nobody until every agent that could have
 started it has ended; the last of those takes it along.
 """
@@ -94,9 +94,18 @@ class Family:
         if owner not in self._known and proc.session in self._sessions:
             owner = self._sessions[proc.session].id
         if owner not in self._known:
+            owner = self._by_pipe(tree.pipes_of(proc.pid))
+        if owner not in self._known:
             return ""
         self._owners[key] = owner
         return owner
+
+    def _by_pipe(self, inodes: set[int]) -> str:
+        """Return whose pipes somebody holds."""
+        for agent in self._sessions.values() if inodes else ():
+            if agent.run is not None and not inodes.isdisjoint(agent.run.inodes):
+                return agent.id
+        return ""
 
     def strays(self, ended: Agent) -> list[Proc]:
         """Return orphans that nothing places, and that no living agent could have started: `ended` has to answer."""
@@ -104,6 +113,12 @@ class Family:
         return [proc for proc in self._table.values()
                 if proc.parent == os.getpid() and proc.state != "Z" and not self._owner(proc)
                 and proc.start >= (ended.start or 0) and (oldest is None or proc.start < oldest)]
+
+    def everyone(self) -> list[Proc]:
+        """Return all living processes that descend from us, whosesoever they are."""
+        self._look()
+        by_parent = tree.children_of(self._table)
+        return [proc for proc in tree.below(by_parent, [os.getpid(), *self.leaders]) if proc.state != "Z"]
 
     # ------------------------------------------------------------ signalling
 

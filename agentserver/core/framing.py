@@ -87,6 +87,11 @@ class FrameDecoder:
     def feed(self, data: bytes) -> list[tuple[int, bytes, bytes]]:
         """Return the frames that `data` completes."""
         buffer = self._buffer
+        if not buffer and len(data) >= HEAD_BYTES:  # just one whole frame: nearly always, so no copy for it
+            header, body, tag = _HEAD.unpack_from(data)
+            middle = HEAD_BYTES + header
+            if middle + body == len(data) and header <= MAX_HEADER and body <= self._limit:
+                return [(tag, data[HEAD_BYTES:middle], data[middle:])]
         buffer += data
         found: list[tuple[int, bytes, bytes]] = []
         start = 0

@@ -10,6 +10,7 @@ agents will be held here when agents are to survive the core (see docs/architect
 """
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -22,14 +23,14 @@ from ..config import ServerConfig
 from ..errors import AgentServerError, StartError
 from . import process, tree
 from .channel import Channel, Json
-from .lock import held_by_another, lock
+from .lock import held, held_by_another
 from .log import Log, redirect
 
 BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a dead part is started again
 STEADY_SECS = 10.0           # after so long alive, a death is a first one again
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
 FDS_PER_AGENT = 6            # three pipes, two segments, one index
-FDS_RESERVE = 200            # sockets, clients, registry, logs
+FDS_RESERVE = 100            # sockets, some clients, registry, logs
 
 
 class Part:
@@ -94,6 +95,7 @@ class Keeper:
         self._shell = Part("shell", config) if with_shell else None
         self._was_ready = False
         self._stopping = 0.0    # monotonic time by which the core has to be gone
+        self._last_core = False  # while we stop, one more core is started to end what a dead one left
         self._wake, wake_out = socket.socketpair()
         self._wake.setblocking(False)
         wake_out.setblocking(False)
@@ -131,10 +133,11 @@ class Keeper:
 
     def _start(self, part: Part) -> None:
         part.start({"config": self._config.to_json(), "started_at": self._started_at, "generation": 1,
-                    "keeper_pid": os.getpid(), "nofile": self._nofile,
+                    "keeper_pid": os.getpid(), "nofile": self._nofile, "parts": [p.pid for p in self._parts if p.pid],
                     **{k: v for k, v in part.ready.items() if k.endswith("endpoint")}})
         if part is self._core and self._stopping:
-            part.stop()  # what the dead core left has to be ended before we go
+            part.stop()
+            self._stopping = time.monotonic() + self._config.shutdown_timeout_secs + PART_STOP_SECS
 
     def _again(self) -> None:
         for part in self._parts:
@@ -199,8 +202,9 @@ class Keeper:
             for part in self._parts:
                 if part.pid == pid:
                     part.dead()
-                    if part is self._core and code == 0:
-                        return 0
+                    if part is self._core and (code == 0 or self._last_core):
+                        return int(code != 0)
+                    self._last_core = part is self._core and self._stopping > 0
                     self._died(part, code)
         return None
 
@@ -264,20 +268,17 @@ def _has_zmq() -> bool:
 
 
 def _keep(config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None], say: Callable[[str], None]) -> int:
-    _make_state_dir(config.state_dir)
-    held = lock(os.path.join(config.state_dir, "keeper.lock"))
-    try:
+    make_state_dir(config.state_dir)
+    with held(os.path.join(config.state_dir, "keeper.lock")):
         if held_by_another(os.path.join(config.state_dir, "core.lock")):
             raise StartError(f"{config.state_dir} is still served by a core whose keeper died; end it with: "
                              f"agentserver --server unix:{config.state_dir} shutdown")
         _check_descriptors(config.max_agents)
         tree.become_subreaper()
         return Keeper(config, with_shell, on_ready, say).run()
-    finally:
-        os.close(held)
 
 
-def _make_state_dir(path: str) -> None:
+def make_state_dir(path: str) -> None:
     """Make the state directory, ours alone, and see that it can be written."""
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -285,8 +286,8 @@ def _make_state_dir(path: str) -> None:
         if facts.st_uid != os.getuid():
             raise StartError(f"the state directory {path} belongs to another user (uid {facts.st_uid})")
         os.chmod(path, 0o700)
-        probe = os.path.join(path, "keeper.lock")
-        os.close(os.open(probe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "")
     except OSError as e:
         raise StartError(f"the state directory {path} cannot be used: {os.strerror(e.errno or 0)}; "
                          "name another with --state-dir") from None
@@ -296,9 +297,9 @@ def _check_descriptors(max_agents: int) -> None:
     needed = max_agents * FDS_PER_AGENT + FDS_RESERVE
     most = process.hard_descriptor_limit()
     if needed > most:
-        fit = max(0, (most - FDS_RESERVE) // FDS_PER_AGENT)
+        fit = (most - FDS_RESERVE) // FDS_PER_AGENT
         raise StartError(f"max_agents = {max_agents} needs {needed} descriptors and the hard limit is {most}; "
-                         f"raise the limit (ulimit -Hn), or set max_agents to at most {fit}")
+                         "raise the limit (ulimit -Hn)" + (f", or set max_agents to at most {fit}" if fit > 0 else ""))
 
 
 def start_detached(config: ServerConfig, environ: Mapping[str, str] = os.environ) -> None:
@@ -306,10 +307,11 @@ def start_detached(config: ServerConfig, environ: Mapping[str, str] = os.environ
     ours, theirs = socket.socketpair()
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
-        process.start([*program(), "_keeper"], {0: theirs.fileno(), 1: null, 2: null})
+        pid = process.start([*program(), "_keeper"], {0: theirs.fileno(), 1: null, 2: null})
     finally:
         theirs.close()
         os.close(null)
+    os.waitpid(pid, 0)  # it forks at once, so that no zombie of it stays with whoever called us
     channel = Channel(ours)
     channel.send({"config": config.resolved(os.getcwd()).to_json()})
     try:
@@ -324,11 +326,13 @@ def start_detached(config: ServerConfig, environ: Mapping[str, str] = os.environ
 
 def main(sock: socket.socket) -> int:
     """Run a detached keeper for whoever is at the other end of `sock` until the core is ready."""
+    if os.fork():
+        os._exit(0)
     channel = Channel(sock)
     config = ServerConfig.from_json(channel.first()["config"])
     log = os.path.join(config.state_dir, "keeper.log")
     try:
-        _make_state_dir(config.state_dir)
+        make_state_dir(config.state_dir)
         redirect(log)
         return _keep(config, False, lambda where: channel.finish({"ready": where}), Log(log, config.log_bytes))
     except AgentServerError as e:

@@ -24,6 +24,7 @@ Json = Dict[str, Any]
 Frame = Tuple[int, bytes, bytes]
 
 _PIECE = 128 * 1024        # bytes per recv
+_QUICK_MS = 50             # nearly every reply is there by then; a wake-up may be noticed this much later
 _AGAIN_MS = 20             # between two tries to reach a core that is being started again
 _LONGEST_PATH = 107 if sys.platform.startswith("linux") else 103  # unix(7)
 _TIMEVAL = struct.Struct("@ll")
@@ -279,7 +280,7 @@ class FrameStream:
         if self._sock is not None:
             return
         self._sock = dial(self._path)
-        self._sock.setblocking(False)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(0, _QUICK_MS * 1000))
         self.fd = self._sock.fileno()
         self._decoder = FrameDecoder(MAX_WIRE)
         self.connections += 1
@@ -297,7 +298,7 @@ class FrameStream:
             if self._sock is None:
                 raise self._cut("there is no connection")
             try:
-                sent = self._sock.send(self._out)
+                sent = self._sock.send(self._out, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return False
             except OSError as e:
@@ -310,12 +311,12 @@ class FrameStream:
         """Whether nothing waits to be sent."""
         return not self._out
 
-    def take(self) -> List[Frame]:
-        """Return the frames that one read completes; `LinkError` when the core closed the connection."""
+    def take(self, flags: int = socket.MSG_DONTWAIT) -> List[Frame]:
+        """Return the frames that one read completes, if any; `LinkError` when the core closed the connection."""
         if self._sock is None:
             raise self._cut("there is no connection")
         try:
-            data = self._sock.recv(_PIECE)
+            data = self._sock.recv(_PIECE, flags)
             frames = self._decoder.feed(data)
         except BlockingIOError:
             return []
@@ -343,8 +344,9 @@ class FrameStream:
 class FrameLink(FrameStream):
     """The REP loop's way to the core: one request at a time, held while the core is being started again.
 
-    In the normal case a request is three system calls: send, poll on the core and the wake
-    descriptor, recv. A reply is known by its tag; late ones of an older request are dropped.
+    In the normal case a request is two system calls: send, and a recv that the kernel ends after
+    `_QUICK_MS`. What takes longer is awaited together with the wake descriptor, so that a stop is
+    never missed. A reply is known by its tag; late ones of an older request are dropped.
     """
 
     def __init__(self, path: str, hello: Json) -> None:
@@ -363,7 +365,20 @@ class FrameLink(FrameStream):
         self._tag += 1
         self._asked = frame(self._tag, header, body)
         self._asked_on = 0
-        return self.resume(deadline, wake_fd)
+        reply = self._quick() if self._sock is not None and not self._out else None
+        return self.resume(deadline, wake_fd) if reply is None else reply
+
+    def _quick(self) -> Optional[bytes]:
+        """Ask on the connection that is there; `None` when the reply is late, long, or the core is gone."""
+        try:
+            self._asked_on = self.connections
+            self.send(self._asked)
+            for tag, _header, body in self.take(0):
+                if tag == self._tag:
+                    return body
+        except LinkError:
+            pass  # closed: `resume` asks on a new connection
+        return None
 
     def resume(self, deadline: float, wake_fd: int) -> Optional[bytes]:
         """Go on waiting for the reply to the outstanding request; as `request`."""

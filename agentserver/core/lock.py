@@ -8,8 +8,23 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
+from contextlib import contextmanager
+from typing import Iterator
 
 from ..errors import StartError
+
+_AGAIN_SECS = 0.02
+
+
+@contextmanager
+def held(path: str) -> Iterator[None]:
+    """Hold the lock for a while; raise `StartError` if another process has it."""
+    fd = lock(path)
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def lock(path: str) -> int:
@@ -32,3 +47,10 @@ def held_by_another(path: str) -> bool:
     except StartError:
         return True
     return False
+
+
+def await_free(path: str, secs: float) -> None:
+    """Wait until nobody holds the lock, for at most `secs`: flock(2) with a deadline does not exist, so it is tried."""
+    until = time.monotonic() + secs
+    while os.path.exists(path) and held_by_another(path) and time.monotonic() < until:
+        time.sleep(_AGAIN_SECS)

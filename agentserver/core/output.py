@@ -319,7 +319,7 @@ class OutputLog:
     def offset_at(self, stream: str, when: float) -> int:
         """Return the first offset that was written at or after `when` (unix time); the end if there is none."""
         s = self._stream(stream)
-        if self._at < when:
+        if round(self._at * 1e6) < round(when * 1e6):
             return s.end
         before = self._index.last_before(_TIME, round(when * 1e6))
         return max(s.first, min(before[s.column], s.end))

@@ -34,12 +34,15 @@ class Child(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a process ended: exit code or signal number, and what it used (getrusage(2))."""
+    """How a process ended: exit code or signal number, and what it used (getrusage(2)).
+
+    `max_rss_bytes` is None for a process that stayed smaller than we are: until its exec a child shares our
+    memory, and the kernel counts that as the child's."""
 
     code: int | None
     signal: int | None
     cpu_secs: float
-    max_rss_bytes: int
+    max_rss_bytes: int | None
 
 
 def start(argv: Sequence[str], descriptors: Mapping[int, int]) -> int:
@@ -221,7 +224,7 @@ def _why_not(e: OSError, program: str, argv: Sequence[str], environment: Mapping
 # ---------------------------------------------------------------- signals
 
 def signal_number(spec: str | int) -> int:
-    """Return the number of `SIGINT`, `int`, `interrupt`, 2 …; raise `RequestError` if there is no such signal here."""
+    """Return the number of `SIGINT`, `int`, `interrupt`, 2 …; `RequestError` if there is none such here."""
     if isinstance(spec, str) and spec.strip().lstrip("-").isdigit() and len(spec) < 9:
         spec = int(spec)
     if isinstance(spec, str):
@@ -303,4 +306,6 @@ def _ended(status: int, usage: Any) -> Ended:
     unit = 1 if os.uname().sysname == "Darwin" else 1024  # ru_maxrss: bytes there, KiB here
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    return Ended(code, number, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = usage.ru_maxrss * unit if usage.ru_maxrss > ours else None
+    return Ended(code, number, usage.ru_utime + usage.ru_stime, most)

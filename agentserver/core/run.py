@@ -50,11 +50,12 @@ class Run:
     """See the module. `started` is monotonic."""
 
     __slots__ = ("_agent_id", "_buffer", "_closing", "_desk", "_fds", "_shown", "_stdin", "_stdin_watch", "_watches",
-                 "cause", "ended", "leaked", "ladder", "limit", "output", "signalled", "started", "trouble")
+                 "cause", "ended", "inodes", "leaked", "ladder", "limit", "output", "signalled", "started", "trouble")
 
     def __init__(self, agent_id: str, child: Child, output: OutputLog, desk: Desk) -> None:
         self._agent_id, self._desk, self.output = agent_id, desk, output
         self._stdin, self._fds = child.stdin, {"stdout": child.stdout, "stderr": child.stderr}
+        self.inodes = frozenset(os.fstat(fd).st_ino for fd in child[1:] if fd >= 0)  # of the pipes, both ends alike
         self._buffer, self._closing = bytearray(), False
         self._stdin_watch: Watch | None = None
         self._watches = {name: desk.reactor.watch(fd, READ, self._reader(name), bulk=True)

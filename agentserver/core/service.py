@@ -13,8 +13,7 @@ import os
 import signal
 import socket
 import struct
-import sys
-from typing import Callable
+from typing import Callable, Sequence
 
 from ..config import ServerConfig
 from ..errors import AgentServerError
@@ -27,7 +26,7 @@ from .control import Control, Peer
 from .counters import NAMES, Counters
 from .facts import Facts
 from .feed import Feed
-from .lock import lock
+from .lock import held
 from .log import Log
 from .reactor import READ, Reactor
 from .registry import Registry
@@ -43,7 +42,7 @@ class Service:
     def __init__(self, started: Json, say: Callable[[str], None]) -> None:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
-        self._say = say
+        self._say, self._started = say, started
         self._nofile = process.raise_descriptor_limit()[0]
         process.reserve()
         self.reactor = Reactor()
@@ -77,7 +76,7 @@ class Service:
     def start(self, channel: Channel) -> None:
         """Take over what the registry knows, then listen, then say that we are ready."""
         self._channel = channel
-        self.supervisor.load()
+        self.supervisor.load(self._orphans_of_a_dead_core())
         self.registry.trim(self.config.events_kept, self.config.requests_kept)
         self.supervisor.announce("up")
         self.registry.commit()
@@ -91,6 +90,17 @@ class Service:
         self.reactor.after(TRIM_SECS, self._trim)
         self.supervisor.ending.reap()
         channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
+        self._hear(channel.pending())
+
+    def _orphans_of_a_dead_core(self) -> list[tree.Proc]:
+        """Return the keeper's children that were there before us and are no part of the server: what agents of
+        a dead core left. As pid 1 a keeper also adopts strangers, and only marked processes are ours."""
+        keeper, parts = self._started["keeper_pid"], self._started.get("parts", [])
+        ours = tree.look(os.getpid())
+        if keeper == 1 or ours is None:
+            return []
+        by_parent = tree.children_of(tree.scan((os.getpid(), *parts)))
+        return tree.below(by_parent, [p for p in by_parent.get(keeper, ()) if p.start <= ours.start])
 
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
@@ -106,7 +116,7 @@ class Service:
         self._inode = os.stat("core.sock").st_ino
         self._listener.listen(128)
         self._listener.setblocking(False)
-        self.reactor.watch(self._listener.fileno(), READ, self._accept)
+        self._accepting = self.reactor.watch(self._listener.fileno(), READ, self._accept)
 
     def run(self) -> None:
         """Serve until the server's own end, then close everything."""
@@ -123,7 +133,10 @@ class Service:
         self.reactor.close()
 
     def _on_channel(self, _mask: int) -> None:
-        for word in self._channel.receive():
+        self._hear(self._channel.receive())
+
+    def _hear(self, words: Sequence[Json | None]) -> None:
+        for word in words:
             if word is None:  # the keeper died; agents and clients need not notice
                 self.reactor.unwatch(self._channel_watch)
                 self._say("the keeper is gone; going on without")
@@ -168,8 +181,10 @@ class Service:
         assert self._listener is not None
         try:
             sock, _ = self._listener.accept()
-        except OSError as e:  # out of descriptors, or gone again
+        except OSError as e:  # out of descriptors: let those who wait wait a little longer
             self._say(f"a connection could not be accepted: {e}")
+            self.reactor.change(self._accepting, 0)
+            self.reactor.after(1.0, lambda: self.reactor.change(self._accepting, READ))
             return
         uid, name = peer_of(sock)
         if uid not in (os.getuid(), 0) or len(self._connections) >= CONNECTIONS_MOST:
@@ -219,16 +234,12 @@ def main(sock: socket.socket) -> int:
     say = Log(os.path.join(config.state_dir, "core.log"), config.log_bytes)
     try:
         os.chdir(config.state_dir)
-        held = lock("core.lock")
-        service = Service(started, say)
-        service.start(channel)
+        with held("core.lock"):
+            service = Service(started, say)
+            service.start(channel)
+            service.run()
     except AgentServerError as e:
-        channel.send({"failed": str(e)})
-        return 1
+        return channel.fail(str(e))
     except OSError as e:
-        channel.send({"failed": f"the core could not start in {config.state_dir}: {e}"})
-        return 1
-    service.run()
-    os.close(held)
-    sys.stdout.flush()
+        return channel.fail(f"the core could not go on in {config.state_dir}: {e}")
     return 0

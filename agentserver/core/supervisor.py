@@ -75,8 +75,8 @@ class Supervisor:
                 raise RequestError(f"{ref!r} could be any of {len(found)} agents ({ids}); use an id", "ambiguous_agent")
             if found:
                 return found[0]
-        raise RequestError(f"there is no agent {ref!r}; list_agents_request with all=true shows every one that is "
-                           "still known", "agent_not_found")
+        raise RequestError(f"there is no agent {ref!r}, neither running nor among the finished ones that are kept",
+                           "agent_not_found")
 
     # ------------------------------------------------------------ spawn
 
@@ -302,8 +302,10 @@ class Supervisor:
 
     # ------------------------------------------------------------ over time
 
-    def load(self) -> None:
-        """Take over what the registry knows; end by identity what a dead core left running."""
+    def load(self, orphans: list[tree.Proc]) -> None:
+        """Take over what the registry knows; end by identity what a dead core left running.
+
+        `orphans` are processes that can only be theirs though they carry no mark."""
         marks = None
         for agent_id, record in self.registry.agents():
             try:
@@ -316,19 +318,23 @@ class Supervisor:
                 continue
             if marks is None:
                 marks = tree.marked()
-            self._lost(agent, marks.get(agent_id, []))
+            self._lost(agent, marks.pop(agent_id, []), orphans)
         ended = sorted((agent.finished_at or 0, agent.id) for agent in self.agents.values())
         self._finished = {agent_id: None for _, agent_id in ended}
         self.retain()
 
-    def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
+    def _lost(self, agent: Agent, marked: list[tree.Proc], orphans: list[tree.Proc]) -> None:
         """End what is left of an agent whose core died, and record it. Its output so far is kept."""
+        left = {(proc.pid, proc.start): proc for proc in marked}
         leader = tree.look(agent.pid) if agent.pid and agent.boot == self._boot else None
-        if leader is not None and leader.start == agent.start and leader.state != "Z" \
-                and leader.pid not in {proc.pid for proc in left}:
-            left = [leader, *left]
-        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left]
-        tree.end(left)
+        if leader is not None and leader.start == agent.start:
+            left[leader.pid, leader.start] = leader
+        for proc in orphans:  # without a mark, whose it was is told by its session, or guessed by its age
+            if not tree.mark_of(proc.pid) and proc.start >= (agent.start or 0):
+                left[proc.pid, proc.start] = proc
+        alive = [proc for proc in left.values() if proc.state != "Z"]
+        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in alive if proc.pid != agent.pid]
+        tree.end(alive)
         agent.want = "down"
         duration = time.time() - (agent.started_at or agent.created_at)
         self._on_end(agent, lifecycle.LOST, exit_record("lost", "server", duration, None, leaked),
@@ -393,6 +399,9 @@ class Supervisor:
         if self.state != "down":
             for agent in self.live:
                 self._say(f"{agent.label()} could not be ended in time")
+            for proc in self.family.everyone():
+                self._say(f"process {proc.pid}, left by an agent that has ended, is killed")
+                tree.send(proc, SIGKILL)
             self.announce("down")
             self._on_down()
 

@@ -123,6 +123,19 @@ def mark_of(pid: int) -> str:
     return block[at + len(_MARK):].split(b"\0", 1)[0].decode("ascii", "replace")
 
 
+def pipes_of(pid: int) -> set[int]:
+    """Return the inodes of the pipes that a process holds."""
+    found = set()
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            kind, _, inode = os.readlink(f"/proc/{pid}/fd/{fd}").partition(":[")
+            if kind == "pipe":
+                found.add(int(inode[:-1]))
+    except OSError:  # gone, or not ours to look into
+        pass
+    return found
+
+
 def command_of(pid: int) -> str:
     """Return the command line of a process for people, or its name where it has none."""
     line = _read(f"/proc/{pid}/cmdline", 4096).replace(b"\0", b" ").strip() or _read(f"/proc/{pid}/comm", 64).strip()

@@ -1,22 +1,22 @@
 """AgentServer: the shell as a Python object.
 
-Owns:    the shell's lock, its sockets and the order in which they come and go.
+Owns:    `shell.lock`, the sockets and the order in which they come and go.
 Runs in: `start` blocks the thread that calls it; everything else may be called from any thread.
 Unaware: of agents. What happens to them at the end is the core's business; it is only asked to shut down.
 """
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import zmq
 
+from ..core.keeper import make_state_dir, start_detached
 from ..core.link import FrameLink, LineLink, dial, socket_path
+from ..core.lock import await_free, held
 from ..errors import LinkError, RequestError, StartError
 from ..results import Health, ServerStats
 from ..wire import encode, new_id
@@ -70,7 +70,8 @@ class AgentServer:
         self._started = True
         if self._stopper.asked:
             return
-        with ShellLock(self._state_dir):
+        make_state_dir(self._state_dir)
+        with held(os.path.join(self._state_dir, "shell.lock")):
             front = Front(self._config, self._state_dir)
             try:
                 self._bound = front.open(self._config.endpoint, self._config.pub_endpoint)
@@ -79,13 +80,12 @@ class AgentServer:
             finally:
                 self._running.clear()
                 front.close()
-        _await_unlocked(os.path.join(self._state_dir, "keeper.lock"), _CRASHED_SECS)
+        await_free(os.path.join(self._state_dir, "keeper.lock"), _CRASHED_SECS)
 
     def _start_core(self) -> None:
         try:
             dial(socket_path(self._state_dir)).close()
         except LinkError:
-            from ..core.keeper import start_detached
             start_detached(self._config)
 
     def _run(self, front: Front) -> None:
@@ -218,53 +218,3 @@ class Front:
         self._context.term()
         if self._bound is not None:
             self._bound.release()
-
-
-class ShellLock:
-    """One shell per state directory: `shell.lock`, held by flock(2), which a death of ours releases."""
-
-    def __init__(self, state_dir: str) -> None:
-        self._state_dir = state_dir
-        self._fd = -1
-
-    def __enter__(self) -> ShellLock:
-        path = os.path.join(self._state_dir, "shell.lock")
-        try:
-            os.makedirs(self._state_dir, 0o700, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as e:
-            raise StartError(f"the state directory {self._state_dir} cannot be written ({e.strerror}); "
-                             "choose another one with --state-dir") from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.__exit__()
-            raise StartError(f"the state directory {self._state_dir} is already served; "
-                             "stop that server first, or choose another --state-dir") from None
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        os.close(self._fd)
-
-
-def _await_unlocked(path: str, secs: float) -> None:
-    """Wait until nobody holds a lock, so that who comes after us finds the state directory free."""
-    try:
-        fd = os.open(path, os.O_RDWR)
-    except OSError:
-        return
-    deadline = time.monotonic() + secs
-    try:
-        while time.monotonic() < deadline:
-            try:
-                return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                time.sleep(0.02)
-    finally:
-        os.close(fd)
-
-
-def main(channel: socket.socket) -> int:
-    """Run as the keeper's shell process; see `child`."""
-    from .child import main as run
-    return run(channel)

@@ -1,0 +1,147 @@
+"""What the monitor publishes, as a subscriber of any language sees it: plain ZeroMQ SUB, two frames.
+
+Owns:    topics, frames and fields of log_stream, status_update and server_update.
+Runs in: the test process.
+Unaware: of our client library.
+"""
+from __future__ import annotations
+
+import json
+from typing import Callable, Iterator
+
+import pytest
+import zmq
+from support import Server, wait_until
+from wire import LineWire, data_of
+
+
+class Subscriber:
+    """One SUB socket."""
+
+    def __init__(self, endpoint: str, *topics: str) -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.SUB)
+        self.socket.linger, self.socket.rcvtimeo = 0, 30_000
+        self.socket.connect(endpoint)
+        for topic in topics:
+            self.socket.subscribe(topic.encode())
+
+    def next(self, fits: Callable[[dict], bool] = lambda _: True) -> dict:  # type: ignore[type-arg]
+        """Return the next message that fits, with its topic checked against what it says."""
+        while True:
+            frames = self.socket.recv_multipart()
+            assert len(frames) == 2, frames
+            topic, message = frames[0].decode(), json.loads(frames[1])
+            assert message.get("topic", topic) == topic and message["type"] in ("log_stream", "status_update", "server_update")
+            message["topic"] = topic
+            if fits(message):
+                return message
+
+    def close(self) -> None:
+        """Close socket and context."""
+        self.socket.close()
+        self.context.term()
+
+
+@pytest.fixture
+def subscribe(shared: Server) -> Iterator[Callable[..., Subscriber]]:
+    """Make subscribers to the shared server."""
+    made: list[Subscriber] = []
+
+    def new(*topics: str) -> Subscriber:
+        made.append(Subscriber(shared.pub_endpoint, *topics))
+        return made[-1]
+    yield new
+    for each in made:
+        each.close()
+
+
+def test_a_new_subscription_is_answered_with_the_offset(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    sleeper = unix.spawn("sleeper", "hello")
+    unix.until_output(sleeper, b"hello\n")
+    for _ in range(2):
+        event = subscribe(f"{sleeper}.stdout").next()
+        assert event["type"] == "log_stream" and event["agent_id"] == sleeper and event["stream_type"] == "stdout"
+        assert (event["offset"], event["next_offset"], event["eof"]) == (12, 12, False) and not event["data"]
+
+
+def test_output_is_published_with_offsets(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    told = unix.spawn("print_when")
+    sub = subscribe(f"{told}.stdout", f"{told}.stderr")
+    assert {sub.next()["topic"], sub.next()["topic"]} == {f"{told}.stdout", f"{told}.stderr"}
+    unix.control(told, "write_stdin", data="out grüße\n")
+    event = sub.next()
+    assert event["topic"] == f"{told}.stdout" and data_of(event) == "grüße\n".encode()
+    assert (event["offset"], event["next_offset"]) == (6, 14) and event["timestamp"].endswith("Z")
+    assert isinstance(event["sequence"], int)
+    unix.control(told, "write_stdin", data=list(b"err \xff\n"))
+    unix.control(told, "write_stdin", data="exit 0\n")
+    events = []
+    while sum(e["eof"] for e in events) < 2:
+        events.append(sub.next())
+    assert {e["topic"] for e in events if e["eof"]} == {f"{told}.stdout", f"{told}.stderr"}
+    ends = {e["topic"]: e["next_offset"] for e in events}
+    info = unix.info(told)["output"]
+    assert ends == {f"{told}.{stream}": info[stream]["end_offset"] for stream in ("stdout", "stderr")}
+
+
+def test_status_is_published(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    sub = subscribe("status.")
+
+    def works() -> bool:
+        unix.ended(unix.spawn("exit_with", 0, ready=False))
+        return bool(sub.socket.poll(100))
+    wait_until(works, what="the subscription to arrive")
+    ref = unix.spawn("exit_with", 5)
+    event = sub.next(lambda e: e["agent_id"] == ref and e["status"] == "failed")
+    assert event["topic"] == f"status.{ref}" and event["type"] == "status_update" and event["message"]
+    assert event["update_type"] in ("status_changed", "error", "completed", "terminated", "output_available", "heartbeat")
+    assert event["timestamp"].endswith("Z") and "5" in json.dumps(event["data"]) + event["message"]
+    stored = unix.ok("events_request", agent_id=ref)["events"]
+    assert event["sequence"] in [e["sequence"] for e in stored]
+
+
+def test_only_what_is_subscribed_arrives(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    one, two = unix.spawn("print_when"), unix.spawn("print_when")
+    sub = subscribe(f"{one}.stdout")
+    sub.next()
+    unix.control(two, "write_stdin", data="out not this\n")
+    unix.until_output(two, b"not this\n")
+    unix.control(one, "write_stdin", data="err nor this\nout but this\n")
+    assert data_of(sub.next()) == b"but this\n"
+
+
+def test_the_server_tells_of_itself(start_server: Callable[..., Server]) -> None:
+    server = start_server("--status-update-interval-secs", "0.2")
+    sub = Subscriber(server.pub_endpoint, "server")
+    try:
+        event = sub.next()
+        assert event["type"] == "server_update" and event["state"] == "up" and event["active_agents"] == 0
+        assert event["server_id"] == server.metadata["server_id"] and isinstance(event["sequence"], int)
+        server.ask({"type": "shutdown_request"})
+        assert sub.next(lambda e: e["state"] in ("draining", "down"))
+        assert server.process.wait(30) == 0
+    finally:
+        sub.close()
+
+
+def test_a_subscriber_that_never_reads_costs_little(unix: LineWire, subscribe: Callable[..., Subscriber], shared: Server) -> None:
+    ref = unix.spawn("print_when")
+    sub = subscribe(f"{ref}.", "")
+    sub.next(lambda e: e["topic"] == f"{ref}.stdout")
+    burst = unix.spawn("burst", 30_000_000, 0, ready=False)
+    unix.ended(burst)
+    stats = unix.ok("stats_request")["stats"]
+    assert stats["core"]["rss_bytes"] < 150 << 20 and stats["shell"]["rss_bytes"] < 250 << 20
+    assert unix.ok("health_check_request")["healthy"]
+
+
+def test_many_subscribers_come_and_go(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    told = unix.spawn("print_when")
+    for n in range(10):
+        sub = subscribe(f"{told}.stdout")
+        sub.next()
+        unix.control(told, "write_stdin", data=f"out round {n}\n")
+        assert data_of(sub.next(lambda e: bool(e["data"]))) == b"round %d\n" % n
+        if n % 2:
+            sub.socket.unsubscribe(f"{told}.stdout".encode())
