@@ -191,7 +191,10 @@ def list_of(inner: Check, least: int = 0) -> Check:
             raise _wrong(where, "a list", value)
         if len(value) < least:
             raise RequestError(f"{where} must have at least {least} item{'s' if least > 1 else ''}")
-        return [inner(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        try:
+            return [inner(item, where) for item in value]
+        except RequestError:  # again, to say which one it is
+            return [inner(item, f"{where}[{i}]") for i, item in enumerate(value)]
     return check
 
 

@@ -15,6 +15,8 @@ from harness import Server, UnixClient, ZmqClient, cpu_nanoseconds, cpu_ticks, m
 from table import Benchmark, Figures, Row, most
 
 CHILDREN = 1000
+#: has printed, so that its output is being recorded, and does nothing from then on
+QUIET = ("sh", "-c", "echo ready; exec sleep 1000")
 
 
 class Footprint(Benchmark):
@@ -39,10 +41,11 @@ class Footprint(Benchmark):
 
     def ours(self) -> Figures:
         with Server() as server:
-            server.kill(server.spawn_many(5))  # what is imported late has been imported now
+            server.kill(server.spawn_many(5, QUIET))  # what is imported late has been imported now
             pids = server.pids()
             empty = _sum(pids)
-            agents = server.spawn_many(CHILDREN)
+            agents = server.spawn_many(CHILDREN, QUIET)
+            until(lambda: server.ask("stats_request")["stats"]["bytes_captured"] >= (CHILDREN + 5) * 6, 60, "output")
             full = _sum(pids)
             found = {"rss": full["rss"] / 1024, "pss": full["pss"] / 1024,
                      "empty_rss": empty["rss"] / 1024, "empty_pss": empty["pss"] / 1024,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ class Cli:
     def start(self, *args: str, **options: Any) -> subprocess.Popen[bytes]:
         """Start a command with pipes on all three."""
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        return subprocess.Popen([sys.executable, str(MAIN), *args], env=self.environ, cwd=str(ROOT), **pipes)
+        return subprocess.Popen([sys.executable, str(MAIN), *args], env=self.environ, cwd=str(ROOT), bufsize=0, **pipes)
 
     def run(self, *args: str, stdin: bytes = b"", code: int = 0) -> tuple[str, str]:
         """Run a command to its end, which has to be `code`, and return stdout and stderr."""
@@ -71,8 +72,13 @@ def either(request: pytest.FixtureRequest, shared: Server) -> Cli:
 
 def line_of(process: subprocess.Popen[bytes], stream: str = "stdout") -> bytes:
     """Return the next line of a running command."""
-    file = getattr(process, stream)
-    return bytes(file.readline())
+    fd, line, until = getattr(process, stream).fileno(), b"", time.monotonic() + DEADLINE_SECS
+    while not line.endswith(b"\n"):
+        readable, _, _ = select.select([fd], [], [], max(0.0, until - time.monotonic()))
+        byte = os.read(fd, 1) if readable else b""
+        assert byte, f"{'the end' if readable else 'nothing'} after {line!r}"
+        line += byte
+    return line
 
 
 @contextlib.contextmanager
@@ -567,7 +573,7 @@ def test_long_waits_show_progress_on_a_terminal(cli: Cli) -> None:
     ref = cli.spawn("sleeper", flags=("--name", "long-one"))
     process, ours = on_terminal(cli, "wait", ref)
     try:
-        text = shown(ours, b"long-one" if True else b"")
+        text = shown(ours, b"long-one")
         assert b"long-one" in text or ref[:8].encode() in text
         with LineWire(cli.server.socket_path) as wire:
             wire.control(ref, "kill")

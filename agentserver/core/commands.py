@@ -52,7 +52,10 @@ class Commands:
 
     def run(self, agent: Agent, command: str, payload: Json, by: str) -> Json:
         """Run one command on one agent and return its data."""
-        checked = self.check(command, payload)
+        return self.do(agent, command, self.check(command, payload), by)
+
+    def do(self, agent: Agent, command: str, checked: Any, by: str) -> Json:
+        """Run one command whose payload was checked."""
         return self._table[command](agent, checked, by)
 
     # ------------------------------------------------------------ control

@@ -17,6 +17,7 @@ from .. import messages as m
 from ..errors import AgentServerError, RequestError
 from ..wire import Json, canonical, decode, encode, encode_text, read
 from . import lifecycle
+from .agent import Agent
 from .commands import EFFECTS, Commands
 from .facts import Facts
 from .feed import Subscriber
@@ -30,6 +31,13 @@ class Peer(NamedTuple):
     subscriber: Subscriber | None = None
 
 
+class Done(NamedTuple):
+    """A reply that is encoded already, and whether anything was done that must not be done again."""
+
+    reply: bytes
+    changed: bool = False
+
+
 class Control:
     """See the module. `stats` returns the counters and what our processes use."""
 
@@ -40,7 +48,7 @@ class Control:
         self._on_shutdown, self._limit, self._say = on_shutdown, limit, say
         self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
         self._commands = Commands(supervisor, facts)
-        self._handlers: dict[str, Callable[[Any, Json, Peer], Json | bytes]] = {
+        self._handlers: dict[str, Callable[[Any, Json, Peer], Json | Done]] = {
             "health_check_request": self._health, "stats_request": self._statistics,
             "spawn_request": self._spawn, "list_agents_request": self._list,
             "control_command": self._command, "custom_action_request": self._custom_action,
@@ -107,24 +115,24 @@ class Control:
     def _do(self, request: Any, obj: Json, peer: Peer) -> tuple[bytes, str | None, bool]:
         """Return the reply, the agent it is remembered with, and whether anything was done."""
         result = self._handlers[request.type](request, obj, peer)
-        if isinstance(result, bytes):
-            return result, None, False
-        changed = result.pop("changed", True)
+        if isinstance(result, Done):
+            return result.reply, None, result.changed
         head = {"type": request.reply, "request_id": obj["request_id"], "success": True}
         agent_id = result["agent_info"]["id"] if isinstance(request, m.SpawnRequest) else None
-        return encode({**head, **result}), agent_id, changed
+        return encode({**head, **result}), agent_id, True
 
     # ------------------------------------------------------------ one request each
 
-    def _health(self, request: m.HealthCheckRequest, obj: Json, peer: Peer) -> bytes:
+    def _health(self, request: m.HealthCheckRequest, obj: Json, peer: Peer) -> Done:
         """Answer the request that is asked most from pieces that hardly change."""
         self._count("health_checks")
         supervisor = self._supervisor
-        return b'{"type":"health_check_response","request_id":%s,"success":true,"healthy":%s,"protocol_version":"%s",' \
-               b'"uptime_secs":%.6f,"active_agents":%d,"metadata":%s}' % (
-                   encode_text(obj["request_id"]).encode("ascii"), b"true" if supervisor.state == "up" else b"false",
-                   m.PROTOCOL_VERSION.encode("ascii"), self._facts.uptime(), supervisor.active,
-                   self._facts.metadata_json())
+        return Done(
+            b'{"type":"health_check_response","request_id":%s,"success":true,"healthy":%s,"protocol_version":"%s",'
+            b'"uptime_secs":%.6f,"active_agents":%d,"metadata":%s}' % (
+                encode_text(obj["request_id"]).encode("ascii"), b"true" if supervisor.state == "up" else b"false",
+                m.PROTOCOL_VERSION.encode("ascii"), self._facts.uptime(), supervisor.active,
+                self._facts.metadata_json()))
 
     def _statistics(self, request: m.StatsRequest, obj: Json, peer: Peer) -> Json:
         return {"stats": self._stats()}
@@ -139,7 +147,7 @@ class Control:
             self._count("successful_spawns")
         return {"agent_info": agent.info(), "server_id": self._supervisor.config.server_id}
 
-    def _list(self, request: m.ListAgentsRequest, obj: Json, peer: Peer) -> bytes:
+    def _list(self, request: m.ListAgentsRequest, obj: Json, peer: Peer) -> Done:
         self._count("list_requests")
         wanted = request.filter_status
         every = request.all or wanted in lifecycle.TERMINAL
@@ -148,9 +156,8 @@ class Control:
                  if (every or not agent.terminal) and (wanted is None or agent.status == wanted)
                  and (not labels or labels <= agent.labels.items())]
         end = None if request.limit is None else request.offset + request.limit
-        head = encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "total": len(found)})
-        shown = ",".join([agent.info_json() for agent in found[request.offset:end]])
-        return b'%s,"agents":[%s]}' % (head[:-1], shown.encode("ascii"))
+        head = {"type": request.reply, "request_id": obj["request_id"], "success": True, "total": len(found)}
+        return Done(_with_list(head, "agents", [agent.info_json() for agent in found[request.offset:end]]))
 
     def _command(self, request: m.ControlCommand, obj: Json, peer: Peer) -> Json:
         self._count("control_commands")
@@ -164,48 +171,44 @@ class Control:
         data = self._commands.act(agent, request.action, request.params)
         return {"agent_id": agent.id, "status": agent.status, "data": data}
 
-    def _batch(self, request: m.BatchControlCommand, obj: Json, peer: Peer) -> Json:
+    def _batch(self, request: m.BatchControlCommand, obj: Json, peer: Peer) -> Done:
         self._count("control_commands")
         if (request.agent_ids is None) == (request.labels is None):
             raise RequestError("give either agent_ids or labels")
-        self._commands.check(request.command_type, request.payload)
-        refs = request.agent_ids
-        if refs is None:
-            labels = (request.labels or {}).items()
-            ended = request.command_type == "remove"  # labels choose those that the command can be meant for
-            refs = [a.id for a in self._supervisor.agents.values()
-                    if labels <= a.labels.items() and a.terminal == ended]
-        results: list[Json] = []
-        for ref in refs:
-            if request.fail_fast and results and not results[-1]["success"]:
-                results.append(_failed_in_batch(ref, "not tried, because one before it failed", "invalid_state"))
-            else:
-                results.append(self._one_of_batch(ref, request, peer))
-        failed = [result for result in results if not result["success"]]
-        out = {"success": not failed, "results": results, "successful": len(results) - len(failed),
-               "failed": len(failed), "changed": request.command_type in EFFECTS and len(failed) < len(results)}
+        checked = self._commands.check(request.command_type, request.payload)
+        failed: list[str] = []
+        results: list[str] = []
+        done = _Success()
+        for ref in request.agent_ids if request.agent_ids is not None else self._labelled(request):
+            try:
+                if request.fail_fast and failed:
+                    raise RequestError("not tried, because one before it failed", "invalid_state")
+                agent = self._supervisor.find(ref)
+                results.append(done.text(agent, self._commands.do(agent, request.command_type, checked, peer.name)))
+            except RequestError as e:
+                failed.append(e.code)
+                results.append(encode_text({"agent_id": ref, "success": False, "status": None, "error": str(e),
+                                            "error_code": e.code, "data": None}))
+        head = {"type": request.reply, "request_id": obj["request_id"], "success": not failed,
+                "successful": len(results) - len(failed), "failed": len(failed)}
         if failed:
-            out.update(error=f"{len(failed)} of {len(results)} failed; see results",
-                       error_code=failed[0]["error_code"])
-        return out
+            head.update(error=f"{len(failed)} of {len(results)} failed; see results", error_code=failed[0])
+        return Done(_with_list(head, "results", results), changed=len(failed) < len(results))
 
-    def _one_of_batch(self, ref: str, request: m.BatchControlCommand, peer: Peer) -> Json:
-        try:
-            agent = self._supervisor.find(ref)
-            data = self._commands.run(agent, request.command_type, request.payload, peer.name)
-        except RequestError as e:
-            return _failed_in_batch(ref, str(e), e.code)
-        return {"agent_id": agent.id, "success": True, "status": agent.status, "error": None, "error_code": None,
-                "data": data}
+    def _labelled(self, request: m.BatchControlCommand) -> list[str]:
+        """Return the agents that labels choose, of those that the command can be meant for."""
+        labels, ended = (request.labels or {}).items(), request.command_type == "remove"
+        return [agent.id for agent in self._supervisor.agents.values()
+                if labels <= agent.labels.items() and agent.terminal == ended]
 
-    def _events(self, request: m.EventsRequest, obj: Json, peer: Peer) -> bytes:
+    def _events(self, request: m.EventsRequest, obj: Json, peer: Peer) -> Done:
         agent_id = self._supervisor.find(request.agent_id).id if request.agent_id else None
         found = self._registry.events(request.since, request.limit + 1, agent_id)
         more, found = len(found) > request.limit, found[:request.limit]
         last = decode(found[-1].encode())["sequence"] if found else min(request.since, self._registry.sequence)
-        head = encode({"type": request.reply, "request_id": obj["request_id"], "success": True, "next": last,
-                         "first_kept": self._registry.first_kept, "more": more})
-        return b'%s,"events":[%s]}' % (head[:-1], ",".join(found).encode("ascii"))
+        head = {"type": request.reply, "request_id": obj["request_id"], "success": True, "next": last,
+                "first_kept": self._registry.first_kept, "more": more}
+        return Done(_with_list(head, "events", found))
 
     def _subscribe(self, request: m.SubscribeRequest, obj: Json, peer: Peer) -> Json:
         if peer.subscriber is None:
@@ -251,5 +254,20 @@ def _failure(reply_type: str, request_id: str | None, error: str, code: str) -> 
                      "error_code": code})
 
 
-def _failed_in_batch(ref: str, error: str, code: str) -> Json:
-    return {"agent_id": ref, "success": False, "status": None, "error": error, "error_code": code, "data": None}
+def _with_list(head: Json, name: str, items: list[str]) -> bytes:
+    """Return a reply with a list whose items are JSON text already."""
+    return b'%s,"%s":[%s]}' % (encode(head)[:-1], name.encode("ascii"), ",".join(items).encode("ascii"))
+
+
+class _Success:
+    """Write the items of a batch that went well. The data of neighbours is mostly equal and encoded once."""
+
+    def __init__(self) -> None:
+        self._data: Json = {}
+        self._text = "{}"
+
+    def text(self, agent: Agent, data: Json) -> str:
+        if data != self._data:
+            self._data, self._text = data, encode_text(data)
+        return (f'{{"agent_id":"{agent.id}","success":true,"status":"{agent.status}","error":null,"error_code":null,'
+                f'"data":{self._text}}}')

@@ -120,7 +120,9 @@ class Ending:
         """Kill what is left of a tree; record the end when nothing is."""
         run = agent.run
         assert run is not None
-        left = self._family.members([agent])[agent.id] + self._family.strays(agent)
+        left = []
+        if self._family.orphans():
+            left = self._family.members([agent])[agent.id] + self._family.strays(agent)
         if not left:
             self._finish(agent)
             return

@@ -134,6 +134,7 @@ class Keeper:
     def _start(self, part: Part) -> None:
         part.start({"config": self._config.to_json(), "started_at": self._started_at, "generation": 1,
                     "keeper_pid": os.getpid(), "nofile": self._nofile, "parts": [p.pid for p in self._parts if p.pid],
+                    "again": self._was_ready,
                     **{k: v for k, v in part.ready.items() if k.endswith("endpoint")}})
         if part is self._core and self._stopping:
             part.stop()

@@ -21,7 +21,7 @@ import termios
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
-CHUNK = 64 * 1024
+CHUNK = 128 * 1024
 SEGMENT_BYTES = 4 * 1024 * 1024
 LEAST_SEGMENT = 4096
 LEAST_CAP = 8 * LEAST_SEGMENT       # a smaller cap counts as this one

@@ -15,6 +15,7 @@ import errno
 import os
 import resource
 import signal
+import sys
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
@@ -303,7 +304,7 @@ else:  # macOS before Python 3.13: reaped as they are found
 
 
 def _ended(status: int, usage: Any) -> Ended:
-    unit = 1 if os.uname().sysname == "Darwin" else 1024  # ru_maxrss: bytes there, KiB here
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,7 +18,7 @@ from typing import Callable
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
-BULK_SLICE = 0.002  # seconds
+BULK_SLICE = 0.0005  # seconds
 
 
 class Watch:

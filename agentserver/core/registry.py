@@ -23,12 +23,11 @@ SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta     (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS agents   (id TEXT PRIMARY KEY, created REAL, finished REAL, request_id TEXT,
-                                     spec TEXT, record TEXT) WITHOUT ROWID;
+                                     spec TEXT, record TEXT);
 CREATE INDEX IF NOT EXISTS agents_by_request ON agents (request_id);
 CREATE TABLE IF NOT EXISTS attempts (agent_id TEXT, attempt INTEGER, record TEXT,
-                                     PRIMARY KEY (agent_id, attempt)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, at REAL, digest BLOB, agent_id TEXT, reply BLOB)
-                                     WITHOUT ROWID;
+                                     PRIMARY KEY (agent_id, attempt));
+CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, at REAL, digest BLOB, agent_id TEXT, reply BLOB);
 CREATE INDEX IF NOT EXISTS requests_by_time  ON requests (at);
 CREATE INDEX IF NOT EXISTS requests_by_agent ON requests (agent_id);
 CREATE TABLE IF NOT EXISTS events   (sequence INTEGER PRIMARY KEY, at REAL, agent_id TEXT, message TEXT);
@@ -53,6 +52,7 @@ class Registry:
     def __init__(self, path: str, say: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
         self._say, self._now = say, now
         self._queue: list[tuple[str, tuple[Any, ...]]] = []
+        self._written = False   # since the last checkpoint
         #: why the last commit failed, or ""
         self.trouble = ""
         self._db = self._open(path)
@@ -78,6 +78,7 @@ class Registry:
         db.execute("PRAGMA busy_timeout = 2000")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
+        db.execute("PRAGMA wal_autocheckpoint = 8000")  # pages; sooner when it is quiet, see checkpoint
         db.execute("PRAGMA cache_size = -1024")  # KiB
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
@@ -110,6 +111,7 @@ class Registry:
             self.trouble = str(e)
             return False
         self._queue.clear()
+        self._written = True
         if self.trouble:
             self._say("the registry can be written again")
             self.trouble = ""
@@ -226,6 +228,12 @@ class Registry:
         self._write("DELETE FROM requests WHERE agent_id IS NULL AND (at < ? OR at <= (SELECT at FROM requests "
                     "WHERE agent_id IS NULL ORDER BY at DESC LIMIT 1 OFFSET ?))", now - REQUEST_SECS, requests_kept)
         self.commit()
+
+    def checkpoint(self) -> None:
+        """Move what was committed from the log into the database: milliseconds, so when nobody waits."""
+        if self._written:
+            self._written = False
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def close(self) -> None:
         """Commit and let go of the file."""

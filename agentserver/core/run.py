@@ -10,6 +10,7 @@ which a descendant that holds the pipe may delay; after the exit it is waited fo
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from typing import Callable, NamedTuple, Protocol
 
@@ -20,6 +21,8 @@ from .output import OutputLog
 from .process import Child, Ended
 from .reactor import READ, WRITE, Reactor, Timer, Watch
 
+PIPE_BYTES, WIDE_BYTES = 64 * 1024, 256 * 1024  # what a pipe holds, and what one that was full is made to hold
+F_SETPIPE_SZ = 1031  # fcntl has it from Python 3.10 on
 STREAMS = ("stdout", "stderr")
 DRAIN_CHUNKS = 64  # of 64 KiB: more than a pipe can hold (pipe(7): at most 1 MiB unless root raised it)
 
@@ -50,13 +53,15 @@ class Run:
     """See the module. `started` is monotonic."""
 
     __slots__ = ("_agent_id", "_buffer", "_closing", "_desk", "_fds", "_shown", "_stdin", "_stdin_watch", "_watches",
-                 "cause", "ended", "inodes", "leaked", "ladder", "limit", "output", "signalled", "started", "trouble")
+                 "_wide", "cause", "ended", "inodes", "leaked", "ladder", "limit", "output", "signalled", "started",
+                 "trouble")
 
     def __init__(self, agent_id: str, child: Child, output: OutputLog, desk: Desk) -> None:
         self._agent_id, self._desk, self.output = agent_id, desk, output
         self._stdin, self._fds = child.stdin, {"stdout": child.stdout, "stderr": child.stderr}
         self.inodes = frozenset(os.fstat(fd).st_ino for fd in child[1:] if fd >= 0)  # of the pipes, both ends alike
         self._buffer, self._closing = bytearray(), False
+        self._wide: set[str] = set()         # streams whose pipe was made larger
         self._stdin_watch: Watch | None = None
         self._watches = {name: desk.reactor.watch(fd, READ, self._reader(name), bulk=True)
                          for name, fd in self._fds.items()}
@@ -84,6 +89,8 @@ class Run:
         if moved == 0:
             self._end_of(name)
             return False
+        if moved >= PIPE_BYTES and name not in self._wide:
+            self._widen(name)
         self._desk.counters.add("bytes_captured", moved)
         if self.output.trouble and not self.trouble:
             self._desk.disk_trouble(self._agent_id, self.output.trouble)
@@ -91,6 +98,14 @@ class Run:
         if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
             self._publish(name, moved)
         return True
+
+    def _widen(self, name: str) -> None:
+        """Give a stream that filled its pipe a larger one (pipe(7)), so that the agent can write on while we record."""
+        self._wide.add(name)
+        try:
+            fcntl.fcntl(self._fds[name], F_SETPIPE_SZ, WIDE_BYTES)
+        except OSError:  # not Linux, or this user's pipes hold too much already
+            pass
 
     def _publish(self, name: str, moved: int) -> None:
         """Tell subscribers what was captured, from what they were told last, whole characters where possible."""
@@ -114,7 +129,7 @@ class Run:
             data = self.output.read(name, start, end - start).data
             self._desk.feed.output(self._agent_id, name, data, end - len(data), eof=True)
         if not self._fds:
-            self.output.close()
+            self._desk.reactor.after(0, self.output.close)  # files can wait until the end has been told
 
     def shown(self, name: str) -> int:
         """Return the offset from which the next published bytes of a stream will be."""

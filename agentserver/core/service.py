@@ -97,10 +97,10 @@ class Service:
         a dead core left. As pid 1 a keeper also adopts strangers, and only marked processes are ours."""
         keeper, parts = self._started["keeper_pid"], self._started.get("parts", [])
         ours = tree.look(os.getpid())
-        if keeper == 1 or ours is None:
+        if keeper == 1 or ours is None or not self._started.get("again"):
             return []
         by_parent = tree.children_of(tree.scan((os.getpid(), *parts)))
-        return tree.below(by_parent, [p for p in by_parent.get(keeper, ()) if p.start <= ours.start])
+        return tree.below(by_parent, [p for p in by_parent.get(keeper, ()) if p.start < ours.start])
 
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
@@ -170,6 +170,7 @@ class Service:
     def _tick(self) -> None:
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
         self.supervisor.heartbeat()
+        self.registry.checkpoint()
 
     def _trim(self) -> None:
         self.reactor.after(TRIM_SECS, self._trim)

@@ -39,7 +39,8 @@ class Supervisor:
         self.stdin_limit = config.stdin_buffer_bytes
         self.agents: dict[str, Agent] = {}
         self._finished: dict[str, None] = {}  # ids of finished agents, oldest end first
-        self._environ, self._nofile, self._say = environ, nofile, say
+        self._environ = backends.base_environment(environ, config.pass_environment)  # walking it for each spawn is dear
+        self._nofile, self._say = nofile, say
         self._backends = backends.all_backends(config.backends)
         self._boot = tree.boot_id()
         self.family = Family(subreaper)

@@ -89,6 +89,15 @@ def scan(skip: Collection[int] = ()) -> dict[int, Proc]:
     return found
 
 
+def own_children() -> list[int] | None:
+    """Return the pids of our own children, or None where the kernel does not tell (CONFIG_PROC_CHILDREN)."""
+    try:
+        with open("/proc/thread-self/children", "rb", buffering=0) as file:
+            return [int(word) for word in file.readall().split()]
+    except (OSError, ValueError):
+        return None
+
+
 def children_of(table: dict[int, Proc]) -> dict[int, list[Proc]]:
     """Return the processes of a scan by their parent."""
     by_parent: dict[int, list[Proc]] = {}
