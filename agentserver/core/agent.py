@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 #: fields of a record as they are stored; anything else in a stored record is kept in `unknown`
 STORED = ("name", "model_backend", "task", "command", "cwd", "stdin", "finish", "grace_secs", "runtime_secs",
           "labels", "metadata", "status", "want", "attempt", "pid", "start", "boot", "created_at", "started_at",
-          "finished_at", "paused_at", "pause_mode", "exit")
+          "finished_at", "paused_at", "pause_mode", "exit", "began", "ending", "signalled")
 
 
 class Agent:
     """One agent, from spawn until it is forgotten. Times are seconds since the epoch, None if they have not come."""
 
-    __slots__ = ("_json", "_spans", "cursors", "id", "output", "reported", "run", "unknown", *STORED)
+    __slots__ = ("_json", "_spans", "cursors", "id", "adopted", "output", "reported", "run", "unknown", *STORED)
 
     name: str
     model_backend: str
@@ -49,10 +49,14 @@ class Agent:
     paused_at: float | None
     pause_mode: str | None
     exit: Json | None
+    began: float              # monotonic seconds at which the attempt started; holds within one boot
+    ending: Json | None       # why and how far the attempt is being ended: reason, by, rung, at (monotonic), grace_secs
+    signalled: dict[str, str]  # signals that clients sent to the attempt, by number, and who did
 
     def __init__(self, agent_id: str, output: OutputLog, record: Json) -> None:
         self.id, self.output = agent_id, output
         self.run: Run | None = None
+        self.adopted = False               # its leader is the keeper's child, since a core of before has died
         self.cursors: dict[str, int] = {}  # for readers that name no offset
         self.reported = 0                  # bytes of output that a heartbeat has told of
         self.unknown = {key: value for key, value in record.items() if key not in STORED}
@@ -123,5 +127,6 @@ def _stamp(unix: float | None) -> str | None:
 def new_record(**known: Any) -> Json:
     """Return the record of an agent that was just asked for."""
     record: Json = {key: None for key in STORED}
-    record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", **known})
+    record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", "began": 0.0,
+                   "signalled": {}, **known})
     return record

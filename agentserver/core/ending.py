@@ -17,62 +17,76 @@ from ..wire import Json, rfc3339
 from . import lifecycle, process, tree
 from .agent import Agent
 from .family import Family
+from .lastwords import LastWords
 from .process import Ended
 from .reactor import Reactor
-from .run import Cause, Run
+from .run import Run
 
 AGAIN_SECS = 1.0  # SIGKILL is repeated at this pace while something of a tree is left (D state, fork races)
 LEFTOVER_SECS = 5.0  # the end is recorded after this time though something unkillable is left
 
 
 class Ending:
-    """See the module. `ended(agent, given, record)` gets the input for the table and the exit record."""
+    """See the module. `ended(agent, given, record)` gets the input for the table and the exit record;
+    `save(agent)` puts what was decided on disk, so that a new core goes on with the ladder where a dead one stood."""
 
-    def __init__(self, reactor: Reactor, family: Family, drain_secs: float, finish_secs: float,
-                 ended: Callable[[Agent, str, Json], None], say: Callable[[str], None]) -> None:
-        self._reactor, self._family, self._ended, self._say = reactor, family, ended, say
+    def __init__(self, reactor: Reactor, family: Family, last_words: LastWords, drain_secs: float, finish_secs: float,
+                 ended: Callable[[Agent, str, Json], None], save: Callable[[Agent], None],
+                 say: Callable[[str], None]) -> None:
+        self._reactor, self._family, self._last_words = reactor, family, last_words
+        self._ended, self._save, self._say = ended, save, say
         self._drain_secs, self._finish_secs = drain_secs, finish_secs
         self._parting: dict[str, Agent] = {}  # leader gone, others of the tree not yet
 
     # ------------------------------------------------------------ the ladder
 
-    def begin(self, agent: Agent, cause: Cause, grace_secs: float) -> None:
+    def begin(self, agent: Agent, reason: str, by: str | None, grace_secs: float) -> None:
         """Start the ladder. The first cause stays the cause; a later, shorter grace still counts."""
+        first = agent.ending is None
+        agent.ending = {**(agent.ending or {"reason": reason, "by": by}), "grace_secs": grace_secs}
         run = agent.run
         assert run is not None
-        first, run.cause = run.cause is None, run.cause or cause
         if first and agent.finish == "close_stdin" and run.stdin_open:
             run.close_stdin()
         elif first and agent.finish == "sigint":
             self._family.signal(agent, SIGINT)
         else:
-            self._terminate(agent, grace_secs)
+            self.terminate(agent)
             return
         if agent.status == lifecycle.PAUSED:
             self._family.signal(agent, SIGCONT)
-        self._next(agent, self._finish_secs, lambda: self._terminate(agent, grace_secs))
+        self._next(agent, "terminate", self._finish_secs)
 
-    def _next(self, agent: Agent, secs: float, rung: Callable[[], None]) -> None:
-        run = agent.run
-        assert run is not None
+    def _next(self, agent: Agent, rung: str, secs: float) -> None:
+        assert agent.ending is not None
+        agent.ending = {**agent.ending, "rung": rung, "at": self._reactor.clock() + secs}
+        self._save(agent)
+        self.go_on(agent)
+
+    def go_on(self, agent: Agent) -> None:
+        """Wait for the next rung of a ladder that was begun, by us or by the core before us."""
+        run, ending = agent.run, agent.ending
+        assert run is not None and ending is not None
         if run.ladder is not None:
             run.ladder.cancel()
-        run.ladder = self._reactor.after(secs, rung)
+        rung = self.terminate if ending["rung"] == "terminate" else self.kill
+        run.ladder = self._reactor.at(ending["at"], lambda: rung(agent))
 
-    def _terminate(self, agent: Agent, grace_secs: float) -> None:
+    def terminate(self, agent: Agent) -> None:
+        """SIGTERM to the tree, and SIGKILL after the grace."""
+        assert agent.ending is not None
         self._family.signal(agent, SIGTERM)
         self._family.signal(agent, SIGCONT)  # a stopped process acts on SIGTERM only when it goes on (signal(7))
-        self._next(agent, grace_secs, lambda: self.kill(agent, None))
+        self._next(agent, "kill", agent.ending["grace_secs"])
 
-    def kill(self, agent: Agent, cause: Cause | None) -> None:
+    def kill(self, agent: Agent, reason: str = "kill", by: str | None = None) -> None:
         """SIGKILL the whole tree, and again while something of it is left."""
-        run = agent.run
-        if run is None or run.ended is not None:
+        if agent.run is None or agent.run.ended is not None:
             return
-        run.cause = run.cause or cause
+        agent.ending = agent.ending or {"reason": reason, "by": by, "grace_secs": 0.0}
         self.name(agent)
         self._family.signal(agent, SIGKILL)
-        self._next(agent, AGAIN_SECS, lambda: self.kill(agent, None))
+        self._next(agent, "kill", AGAIN_SECS)
 
     def name(self, agent: Agent) -> None:
         """Note who is alive beside the leader, while there is still a command line to read."""
@@ -84,11 +98,16 @@ class Ending:
 
     # ------------------------------------------------------------ the exit
 
+    @property
+    def parting(self) -> bool:
+        """Whether somebody's end was seen that is not recorded yet."""
+        return bool(self._parting)
+
     def reap(self) -> None:
         """Collect every child that ended: leaders, and orphans that came back to us."""
         gone = []
         family = self._family
-        for pid in process.ended(family.leaders):
+        for pid, code, number in process.ended(family.leaders):
             agent = family.reaped(pid)
             if agent is None:
                 process.reap(pid)
@@ -96,10 +115,24 @@ class Ending:
             if not family.sees:  # the group's number is ours only until its leader is reaped
                 process.send_group(pid, SIGKILL)
             assert agent.run is not None
+            self._last_words.note(pid, code, number)
             agent.run.ended = process.reap(pid)
             gone.append(agent)
+        self._all_part(gone)
+
+    def departed(self, pid: int, start: int, ended: Ended) -> None:
+        """The keeper saw the end of a process that a core before us had started, or of something such a one left."""
+        agent = self._family.leaders.get(pid)
+        gone = []
+        if agent is not None and agent.run is not None and start in (agent.start, 0):
+            self._family.reaped(pid)
+            agent.run.ended = ended
+            gone.append(agent)
+        self._all_part(gone)
+
+    def _all_part(self, gone: list[Agent]) -> None:
         if gone or self._parting:
-            family.stale()
+            self._family.stale()
         for agent in gone:
             self._part(agent)
         for agent in list(self._parting.values()):
@@ -145,7 +178,7 @@ class Ending:
             self.close(agent)
         else:  # someone else holds the pipe: read on for a moment, then let go
             run.ladder = self._reactor.after(self._drain_secs, lambda: self.close(agent))
-        self._ended(agent, *verdict(run, self._reactor.clock()))
+        self._ended(agent, *verdict(agent, run, self._reactor.clock()))
 
     def close(self, agent: Agent) -> None:
         """Let go of the pipes of an attempt that has ended."""
@@ -154,19 +187,19 @@ class Ending:
             agent.run = None
 
 
-def verdict(run: Run, clock: float) -> tuple[str, Json]:
+def verdict(agent: Agent, run: Run, clock: float) -> tuple[str, Json]:
     """Return what the end means for the lifecycle, and the exit record. The cause is who sent what, which we know."""
     ended = run.ended
     assert ended is not None
     number = ended.signal or (ended.code or 0) - 128  # 128+N: how a shell reports, and a program imitates, signal N
     given, reason, by = lifecycle.EXITED_BAD, "exited" if ended.signal is None else "signaled", None
-    if run.cause is not None:
-        given, (reason, by) = lifecycle.ENDED_BY_US, run.cause
-    elif number in run.signalled:
-        given, reason, by = lifecycle.ENDED_BY_US, "signaled", run.signalled[number]
+    if agent.ending is not None:
+        given, reason, by = lifecycle.ENDED_BY_US, agent.ending["reason"], agent.ending["by"]
+    elif str(number) in agent.signalled:
+        given, reason, by = lifecycle.ENDED_BY_US, "signaled", agent.signalled[str(number)]
     elif ended.code == 0:
         given = lifecycle.EXITED_OK
-    return given, exit_record(reason, by, clock - run.started, ended,
+    return given, exit_record(reason, by, max(0.0, clock - agent.began), ended,
                               [{"pid": pid, "command": command} for pid, command in run.leaked.items()])
 
 
@@ -176,5 +209,5 @@ def exit_record(reason: str, by: str | None, duration: float, ended: Ended | Non
     return {"code": ended.code if ended else None,
             "signal": process.signal_name(number) if number else None, "signal_number": number,
             "reason": reason, "by": by, "at": rfc3339(time.time()), "duration": round(duration, 6),
-            "rusage": {"cpu_secs": round(ended.cpu_secs, 6), "max_rss_bytes": ended.max_rss_bytes} if ended else {},
+            "rusage": {"cpu_secs": ended.cpu_secs, "max_rss_bytes": ended.max_rss_bytes} if ended else {},
             "leaked": leaked}

@@ -30,6 +30,10 @@ class Facts:
         self._shell = shell
         self._json = b""
 
+    def parts(self) -> set[int]:
+        """Return the processes that are the server's own."""
+        return {os.getpid(), int(self._shell.get("pid") or 0)}
+
     def uptime(self) -> float:
         """Return the seconds since the server was started, across deaths of its parts."""
         return max(0.0, time.time() - self.started_at)

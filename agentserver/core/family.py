@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from signal import SIGSTOP
-from typing import Iterable
+from typing import Callable, Iterable
 
 from . import process, tree
 from .agent import Agent
@@ -26,12 +26,13 @@ STOPPED = "TtZX"  # states in /proc/PID/stat of what stands still or is dead
 class Family:
     """See the module. `leaders` are pids that were started and not yet reaped, with their agent."""
 
-    def __init__(self, subreaper: bool) -> None:
+    def __init__(self, subreaper: bool, keeper: int, parts: Callable[[], set[int]]) -> None:
         self.leaders: dict[int, Agent] = {}
         self._sessions: dict[int, Agent] = {}  # the leaders, and those reaped whose tree is not gone yet
         self._known: set[str] = set()          # ids of all these
         self.sees = bool(tree.look(os.getpid()))  # is there a /proc?
-        self._parents = {os.getpid()} if subreaper else {os.getpid(), 1}
+        self._subreaper, self._keeper, self._parts = subreaper, keeper, parts
+        self._adopted: set[str] = set()  # ids of agents whose orphans go to the keeper
         self._owners: dict[tuple[int, int], str] = {}
         self._table: dict[int, Proc] = {}
         self._fresh = False
@@ -43,6 +44,8 @@ class Family:
         assert agent.pid is not None
         self.leaders[agent.pid] = self._sessions[agent.pid] = agent
         self._known.add(agent.id)
+        if agent.adopted:
+            self._adopted.add(agent.id)
 
     def reaped(self, pid: int) -> Agent | None:
         """A child was reaped; return whose leader it was."""
@@ -53,6 +56,15 @@ class Family:
         assert agent.pid is not None
         self._sessions.pop(agent.pid, None)
         self._known.discard(agent.id)
+        self._adopted.discard(agent.id)
+
+    def _parents(self) -> set[int]:
+        """Return to whom descendants come that lost their parent: us, and for what a core before us started the
+        keeper; init where nobody is a subreaper."""
+        parents = {os.getpid()}
+        if self._adopted:
+            parents.add(self._keeper)
+        return parents if self._subreaper else parents | {1}
 
     # ------------------------------------------------------------ looking
 
@@ -72,9 +84,8 @@ class Family:
             self._look()
         by_parent = tree.children_of(self._table)
         orphans: dict[str, list[Proc]] = {}
-        for parent in self._parents:
-            for proc in by_parent.get(parent, ()):
-                orphans.setdefault(self._owner(proc), []).append(proc)
+        for proc in self._orphans(by_parent):
+            orphans.setdefault(self._owner(proc), []).append(proc)
         found = {}
         for agent in agents:
             roots: list[Proc | int] = list(orphans.get(agent.id, ()))
@@ -84,6 +95,10 @@ class Family:
             for proc in found[agent.id]:
                 self._owners[proc.pid, proc.start] = agent.id
         return found
+
+    def _orphans(self, by_parent: dict[int, list[Proc]]) -> list[Proc]:
+        parts = self._parts()
+        return [p for parent in self._parents() for p in by_parent.get(parent, ()) if p.pid not in parts]
 
     def _owner(self, proc: Proc) -> str:
         """Return whose an orphan is, or "" when nothing tells."""
@@ -110,7 +125,7 @@ class Family:
     def orphans(self) -> bool:
         """Whether we have a child that is nobody's leader. Without one an exit has left nothing behind: the kernel
         hands a dying process's children over before it sends SIGCHLD. This spares most exits a scan."""
-        if self._parents != {os.getpid()}:
+        if self._parents() != {os.getpid()}:
             return True
         pids = tree.own_children()
         return pids is None or not self.leaders.keys() >= set(pids)
@@ -118,15 +133,16 @@ class Family:
     def strays(self, ended: Agent) -> list[Proc]:
         """Return orphans that nothing places, and that no living agent could have started: `ended` has to answer."""
         oldest = min((a.start or 0 for a in self.leaders.values()), default=None)
-        return [proc for proc in self._table.values()
-                if proc.parent == os.getpid() and proc.state != "Z" and not self._owner(proc)
+        return [proc for proc in self._orphans(tree.children_of(self._table))
+                if proc.state != "Z" and not self._owner(proc)
                 and proc.start >= (ended.start or 0) and (oldest is None or proc.start < oldest)]
 
     def everyone(self) -> list[Proc]:
         """Return all living processes that descend from us, whosesoever they are."""
         self._look()
         by_parent = tree.children_of(self._table)
-        return [proc for proc in tree.below(by_parent, [os.getpid(), *self.leaders]) if proc.state != "Z"]
+        roots: list[Proc | int] = [*self._orphans(by_parent), *self.leaders]
+        return [proc for proc in tree.below(by_parent, roots) if proc.state != "Z"]
 
     # ------------------------------------------------------------ signalling
 
@@ -134,7 +150,12 @@ class Family:
         """Signal the leader and all that descends from it; return the descendants that were reached."""
         if agent.pid not in self.leaders:
             return []
-        process.send(agent.pid, number)
+        if agent.adopted:  # reaped by the keeper at any moment, so that only its identity is sure
+            leader = tree.look(agent.pid)
+            if leader is not None and leader.start == agent.start:
+                tree.send(leader, number)
+        else:
+            process.send(agent.pid, number)
         if not self.sees:
             process.send_group(agent.pid, number)
         return [proc for proc in self.members([agent])[agent.id] if tree.send(proc, number)]

@@ -1,12 +1,14 @@
 """The keeper: start core and shell, start them again when they die, end them in order.
 
-Owns:    `keeper.lock`, the channels to core and shell, and the pace of starting them again.
+Owns:    `keeper.lock`, the channels to core and shell, the pace of starting them again, and copies of what
+         a new core needs to go on where a dead one stopped: agents' descriptors, and ends it reaped.
 Runs in: `agentserver serve` itself, or a detached process when `AgentServer` is embedded.
 Unaware: of requests, agents and output. It parses nothing from outside and has no policy; that is
          why it does not die. It is the child subreaper: what a dead core leaves comes back here.
 
-The core is done when it exits with 0, whoever asked it to; anything else is a crash. Descriptors of
-agents will be held here when agents are to survive the core (see docs/architecture.md).
+The core is done when it exits with 0, whoever asked it to; anything else is a crash. Agents live on
+through it: they become our children, their output waits in the pipes whose ends we hold, and the new
+core is handed everything before it begins.
 """
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from ..config import ServerConfig
 from ..errors import AgentServerError, StartError
 from . import process, tree
 from .channel import Channel, Json
+from .held import Held
 from .lock import held, held_by_another
 from .log import Log, redirect
 
@@ -66,16 +69,13 @@ class Part:
         self._pause = first if now - self.began > STEADY_SECS else min(max(first, self._pause * 2), most)
         self.pid, self.again_at = 0, now + (0.0 if self._pause == first else self._pause)
         if self.channel is not None:
-            for heard in self.channel.receive():
-                self.hear(heard)
             self.channel.close()
             self.channel = None
 
-    def hear(self, word: Json | None) -> None:
-        """Note what it said."""
-        if word is not None:
-            self.ready = word.get("ready", self.ready)
-            self.failed = word.get("failed", self.failed)
+    def hear(self, word: Json) -> None:
+        """Note what it said of itself."""
+        self.ready = word.get("ready", self.ready)
+        self.failed = word.get("failed", self.failed)
 
     def stop(self) -> None:
         """Ask it to leave."""
@@ -90,7 +90,8 @@ class Keeper:
                  say: Callable[[str], None]) -> None:
         self._config, self._on_ready, self._say = config, on_ready, say
         self._started_at = time.time()
-        self._nofile = process.descriptor_limit()
+        self._nofile = process.raise_descriptor_limit()[0]
+        self._held = Held()
         self._core = Part("core", config)
         self._shell = Part("shell", config) if with_shell else None
         self._was_ready = False
@@ -133,9 +134,11 @@ class Keeper:
 
     def _start(self, part: Part) -> None:
         part.start({"config": self._config.to_json(), "started_at": self._started_at, "generation": 1,
-                    "keeper_pid": os.getpid(), "nofile": self._nofile, "parts": [p.pid for p in self._parts if p.pid],
-                    "again": self._was_ready,
+                    "keeper_pid": os.getpid(), "nofile": self._nofile, "again": self._was_ready,
                     **{k: v for k, v in part.ready.items() if k.endswith("endpoint")}})
+        if part is self._core:
+            assert part.channel is not None
+            self._held.hand_over(part.channel)
         if part is self._core and self._stopping:
             part.stop()
             self._stopping = time.monotonic() + self._config.shutdown_timeout_secs + PART_STOP_SECS
@@ -165,28 +168,35 @@ class Keeper:
 
     def _wait(self) -> None:
         """Sleep until a part speaks or dies, a signal comes, or it is time to start one again."""
-        channels = {part.channel.fileno(): part for part in self._parts if part.channel is not None}
         due = [part.again_at for part in self._parts if not part.pid] + ([self._stopping] if self._stopping else [])
-        timeout = max(0.0, min(due) - time.monotonic()) if due else None
-        ready, _, _ = select.select([self._wake.fileno(), *channels], [], [], timeout)
-        for fd in ready:
-            if fd == self._wake.fileno():
-                self._on_signals(self._wake.recv(4096))
-            else:
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        channels = {part.channel.fileno(): part for part in self._parts if part.channel is not None}
+        for fd, part in channels.items():
+            assert part.channel is not None
+            poll.register(fd, select.POLLIN | (select.POLLOUT if part.channel.unsent else 0))
+        for fd, _mask in poll.poll(max(0.0, min(due) - time.monotonic()) * 1000 if due else None):
+            if fd in channels:
                 self._listen_to(channels[fd])
+            else:
+                self._on_signals(self._wake.recv(4096))
         if self._stopping and time.monotonic() >= self._stopping and self._core.pid:
             self._say("the core did not end in time and is killed")
             process.send(self._core.pid, signal.SIGKILL)
             self._stopping = time.monotonic() + PART_STOP_SECS
 
     def _listen_to(self, part: Part) -> None:
-        assert part.channel is not None
-        for word in part.channel.receive():
+        """Take what a part says, to the last word: a dead core's descriptors are still in the socket."""
+        channel = part.channel
+        assert channel is not None
+        channel.flush()
+        for word in channel.receive():
             if word is None:  # it is dying; its end comes as SIGCHLD
-                part.channel.close()
+                channel.close()
                 part.channel = None
                 return
             part.hear(word)
+            self._held.hear(word)
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
@@ -199,14 +209,19 @@ class Keeper:
 
     def _reap(self) -> int | None:
         """Collect who ended, adopted strangers too; return the exit code when the server is done."""
-        for pid, code in process.collect():
-            for part in self._parts:
-                if part.pid == pid:
-                    part.dead()
-                    if part is self._core and (code == 0 or self._last_core):
-                        return int(code != 0)
-                    self._last_core = part is self._core and self._stopping > 0
-                    self._died(part, code)
+        for pid, ended, seen in process.collect(tree.look):
+            part = next((part for part in self._parts if part.pid == pid), None)
+            if part is None:
+                self._held.ended(pid, ended, seen.start if seen else 0, self._core.channel)
+                continue
+            while part.channel is not None:  # to the end: see _listen_to
+                self._listen_to(part)
+            part.dead()
+            code = ended.code if ended.code is not None else -(ended.signal or 0)
+            if part is self._core and (code == 0 or self._last_core):
+                return int(code != 0)
+            self._last_core = part is self._core and self._stopping > 0
+            self._died(part, code)
         return None
 
     def _died(self, part: Part, code: int) -> None:
@@ -227,7 +242,7 @@ class Keeper:
                 self._wake.recv(4096)
             except BlockingIOError:
                 pass
-            for pid, _code in process.collect():
+            for pid, _ended, _seen in process.collect(tree.look):
                 for part in self._parts:
                     if part.pid == pid:
                         part.dead()
@@ -316,7 +331,7 @@ def start_detached(config: ServerConfig, environ: Mapping[str, str] = os.environ
     channel = Channel(ours)
     channel.send({"config": config.resolved(os.getcwd()).to_json()})
     try:
-        word = channel.first()
+        word = channel.next()
     except EOFError:
         word = {"failed": f"the keeper ended at once; see keeper.log in {config.state_dir}"}
     finally:
@@ -330,7 +345,7 @@ def main(sock: socket.socket) -> int:
     if os.fork():
         os._exit(0)
     channel = Channel(sock)
-    config = ServerConfig.from_json(channel.first()["config"])
+    config = ServerConfig.from_json(channel.next()["config"])
     log = os.path.join(config.state_dir, "keeper.log")
     try:
         make_state_dir(config.state_dir)

@@ -17,10 +17,11 @@ import resource
 import signal
 import sys
 from contextlib import contextmanager
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 
 from ..errors import RequestError
 
+T = TypeVar("T")
 _DEFAULT_SIGNALS = sorted(set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP})
 _WORDS = {"interrupt": "INT", "terminate": "TERM", "hangup": "HUP", "continue": "CONT", "abort": "ABRT"}
 
@@ -42,7 +43,7 @@ class Ended(NamedTuple):
 
     code: int | None
     signal: int | None
-    cpu_secs: float
+    cpu_secs: float | None
     max_rss_bytes: int | None
 
 
@@ -53,16 +54,11 @@ def start(argv: Sequence[str], descriptors: Mapping[int, int]) -> int:
                           setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
 
 
-def collect() -> Iterator[tuple[int, int]]:
-    """Reap every child that has ended, whoever it is; yield (pid, exit code, or -N for signal N)."""
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        yield pid, os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+def collect(look: Callable[[int], T]) -> Iterator[tuple[int, Ended, T]]:
+    """Reap every child that has ended, whoever it is; yield its pid, its end, and what `look` saw of it before."""
+    for pid, _code, _signal in ended(()):
+        seen = look(pid)
+        yield pid, reap(pid), seen
 
 
 def descriptor_limit() -> int:
@@ -86,21 +82,39 @@ def raise_descriptor_limit() -> tuple[int, int]:
     return soft, hard
 
 
-def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, stdin: bool, nofile: int) -> Child:
-    """Start `argv` in a session of its own; raise `RequestError(spawn_failed)` with a sentence if it cannot be."""
+class Pipes(NamedTuple):
+    """The pipes of a child that is to be started: our ends and, by the number it is to have there, the child's."""
+
+    ours: tuple[int, int, int]
+    theirs: dict[int, int]
+
+    def close(self, ours: bool = True) -> None:
+        """Close the child's ends, and ours too if it was not started."""
+        _close([*self.theirs.values(), *(fd for fd in self.ours if ours and fd >= 0)])
+
+
+def pipes(stdin: bool) -> Pipes:
+    """Make the pipes of one child; raise `RequestError(spawn_failed)` when descriptors are out."""
     opened: list[int] = []
     try:
-        ours, theirs = _pipes(stdin, opened)
-        with _low(theirs) as actions:
-            pid = _in_directory(cwd, argv, environment, actions, nofile)
+        return _pipes(stdin, opened)
     except OSError as e:
         _close(opened)
         raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
-    except BaseException:
-        _close(opened)
-        raise
-    _close(fd for fd in opened if fd not in ours)
-    return Child(pid, *ours)
+
+
+def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, pipes: Pipes, nofile: int) -> Child:
+    """Start `argv` in a session of its own; raise `RequestError(spawn_failed)` with a sentence if it cannot be.
+
+    The child's ends of the pipes are closed in any case, ours stay open."""
+    try:
+        with _low(pipes.theirs) as actions:
+            pid = _in_directory(cwd, argv, environment, actions, nofile)
+    except OSError as e:
+        raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
+    finally:
+        pipes.close(ours=False)
+    return Child(pid, *pipes.ours)
 
 
 def _close(fds: Iterable[int]) -> None:
@@ -108,15 +122,14 @@ def _close(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _pipes(stdin: bool, opened: list[int]) -> tuple[tuple[int, int, int], dict[int, int]]:
-    """Make the pipes; return our ends and, by the number it is to have there, the child's."""
+def _pipes(stdin: bool, opened: list[int]) -> Pipes:
     ours, theirs = [-1, -1, -1], {}
     for number in range(0 if stdin else 1, 3):
         read, write = os.pipe()
         opened += (read, write)
         ours[number], theirs[number] = (write, read) if number == 0 else (read, write)
         os.set_blocking(ours[number], False)
-    return (ours[0], ours[1], ours[2]), theirs
+    return Pipes((ours[0], ours[1], ours[2]), theirs)
 
 
 _reserved: list[int] = []  # three low descriptors on /dev/null
@@ -271,9 +284,9 @@ def send_group(leader: int, number: int) -> bool:
 # ---------------------------------------------------------------- ends
 
 if hasattr(os, "waitid"):
-    def ended(known: Iterable[int]) -> Iterator[int]:
-        """Yield children that ended and were not reaped. Reap each before asking for the next: waitid(2)
-        with WNOWAIT would name the same one again and again."""
+    def ended(known: Iterable[int]) -> Iterator[tuple[int, int | None, int | None]]:
+        """Yield (pid, code, signal) of children that ended and were not reaped. Reap each before asking for the
+        next: waitid(2) with WNOWAIT would name the same one again and again."""
         while True:
             try:
                 info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -281,7 +294,8 @@ if hasattr(os, "waitid"):
                 return
             if info is None:
                 return
-            yield info.si_pid
+            exited = info.si_code == os.CLD_EXITED
+            yield info.si_pid, info.si_status if exited else None, None if exited else info.si_status
 
     def reap(pid: int) -> Ended:
         """Collect a child that has ended (wait4(2))."""
@@ -290,13 +304,13 @@ if hasattr(os, "waitid"):
 else:  # macOS before Python 3.13: reaped as they are found
     _found: dict[int, Ended] = {}
 
-    def ended(known: Iterable[int]) -> Iterator[int]:
-        """Yield children that ended."""
+    def ended(known: Iterable[int]) -> Iterator[tuple[int, int | None, int | None]]:
+        """Yield (pid, code, signal) of children that ended."""
         for pid in list(known):
             found, status, usage = os.wait4(pid, os.WNOHANG)
             if found:
                 _found[pid] = _ended(status, usage)
-                yield pid
+                yield pid, _found[pid].code, _found[pid].signal
 
     def reap(pid: int) -> Ended:
         """Return how a child that was yielded has ended."""
@@ -309,4 +323,4 @@ def _ended(status: int, usage: Any) -> Ended:
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
     ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     most = usage.ru_maxrss * unit if usage.ru_maxrss > ours else None
-    return Ended(code, number, usage.ru_utime + usage.ru_stime, most)
+    return Ended(code, number, round(usage.ru_utime + usage.ru_stime, 6), most)

@@ -1,4 +1,4 @@
-"""One attempt of an agent while its process exists: its pipes, its stdin buffer, why it is being ended.
+"""One attempt of an agent while its process exists: its pipes, its stdin buffer, what is left to do when it ends.
 
 Owns:    our ends of the pipes and what waits in front of the agent's stdin.
 Runs in: the core's thread; nothing here blocks, and no agent can make it.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from typing import Callable, NamedTuple, Protocol
+from typing import Callable, Protocol
 
 from ..errors import RequestError
 from .counters import Counters
@@ -27,13 +27,6 @@ STREAMS = ("stdout", "stderr")
 DRAIN_CHUNKS = 64  # of 64 KiB: more than a pipe can hold (pipe(7): at most 1 MiB unless root raised it)
 
 
-class Cause(NamedTuple):
-    """Why we are ending an attempt, and who asked."""
-
-    reason: str
-    by: str | None
-
-
 class Desk(Protocol):
     """What a run needs from around it."""
 
@@ -45,20 +38,23 @@ class Desk(Protocol):
     def stdin_ended(self, agent_id: str, why: str) -> None:
         """The agent's stdin was closed, by us or by the agent."""
 
+    def release(self, agent_id: str, names: list[str]) -> None:
+        """The keeper need not hold these any longer."""
+
     def disk_trouble(self, agent_id: str, why: str) -> None:
         """Output could not be recorded."""
 
 
 class Run:
-    """See the module. `started` is monotonic."""
+    """See the module."""
 
     __slots__ = ("_agent_id", "_buffer", "_closing", "_desk", "_fds", "_shown", "_stdin", "_stdin_watch", "_watches",
-                 "_wide", "cause", "ended", "inodes", "leaked", "ladder", "limit", "output", "signalled", "started",
-                 "trouble")
+                 "_wide", "ended", "inodes", "leaked", "ladder", "limit", "output", "trouble")
 
     def __init__(self, agent_id: str, child: Child, output: OutputLog, desk: Desk) -> None:
         self._agent_id, self._desk, self.output = agent_id, desk, output
-        self._stdin, self._fds = child.stdin, {"stdout": child.stdout, "stderr": child.stderr}
+        self._stdin = child.stdin
+        self._fds = {name: fd for name, fd in zip(STREAMS, (child.stdout, child.stderr)) if fd >= 0}
         self.inodes = frozenset(os.fstat(fd).st_ino for fd in child[1:] if fd >= 0)  # of the pipes, both ends alike
         self._buffer, self._closing = bytearray(), False
         self._wide: set[str] = set()         # streams whose pipe was made larger
@@ -66,9 +62,6 @@ class Run:
         self._watches = {name: desk.reactor.watch(fd, READ, self._reader(name), bulk=True)
                          for name, fd in self._fds.items()}
         self._shown = {name: output.span(name)[1] for name in STREAMS}
-        self.started = desk.reactor.clock()
-        self.cause: Cause | None = None
-        self.signalled: dict[int, str] = {}  # signals that clients sent, and who did
         self.ladder: Timer | None = None     # the next rung of the stop ladder
         self.limit: Timer | None = None      # when limits.runtime_secs is reached
         self.ended: Ended | None = None      # set when the leader was reaped
@@ -123,6 +116,7 @@ class Run:
         """The stream is over: tell what was held back, and that nothing follows."""
         self._desk.reactor.unwatch(self._watches.pop(name))
         os.close(self._fds.pop(name))
+        self._desk.release(self._agent_id, [name])
         end = self.output.span(name)[1]
         if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
             start = self._shown[name] if end - 4 < self._shown[name] <= end else end
@@ -209,6 +203,7 @@ class Run:
             self._desk.reactor.unwatch(self._stdin_watch)
             self._stdin_watch = None
             os.close(self._stdin)
+            self._desk.release(self._agent_id, ["stdin"])  # EOF comes when every holder has closed
             self._stdin = -1
             self._buffer.clear()
 

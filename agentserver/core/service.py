@@ -25,12 +25,15 @@ from .connection import Connection
 from .control import Control, Peer
 from .counters import NAMES, Counters
 from .facts import Facts
+from .family import Family
 from .feed import Feed
+from .lastwords import LastWords
 from .lock import held
 from .log import Log
-from .reactor import READ, Reactor
+from .reactor import READ, WRITE, Reactor
 from .registry import Registry
 from .supervisor import Supervisor
+from .takeover import Keeper
 
 CONNECTIONS_MOST = 1000
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time
@@ -39,25 +42,29 @@ TRIM_SECS = 600.0  # between two looks at what of the registry is past its time
 class Service:
     """See the module. `started` is what the keeper told: {config, started_at, generation, keeper_pid, …}."""
 
-    def __init__(self, started: Json, say: Callable[[str], None]) -> None:
+    def __init__(self, started: Json, channel: Channel, say: Callable[[str], None]) -> None:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
-        self._say, self._started = say, started
-        self._nofile = process.raise_descriptor_limit()[0]
+        self._say = say
+        process.raise_descriptor_limit()
         process.reserve()
         self.reactor = Reactor()
         self.registry = Registry("registry.db", say)
         self.counters = Counters("counters.bin", started["started_at"])
         self._config = self._named(config)
         feed = Feed(self.registry)
-        self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
-                                     started.get("nofile", self._nofile), tree.become_subreaper(), say)
         self.facts = Facts(self._config, started)
+        self._channel, self._keeper = channel, Keeper(channel)
+        self._last_words = LastWords("ends.jsonl")
+        family = Family(tree.become_subreaper(), started["keeper_pid"], self.facts.parts)
+        self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
+                                     started["nofile"], family, self._last_words, self._keeper, say)
         self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, config.message_bytes, say)
         self.handle = self.control.handle
         self._feed = feed
         self._connections: set[Connection] = set()
         self._dirty: dict[Connection, None] = {}
+        self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
         self.reactor.end_of_turn = self._end_of_turn
         self._listener: socket.socket | None = None
         self._inode = 0
@@ -73,10 +80,12 @@ class Service:
 
     # ------------------------------------------------------------ beginning and end
 
-    def start(self, channel: Channel) -> None:
-        """Take over what the registry knows, then listen, then say that we are ready."""
-        self._channel = channel
-        self.supervisor.load(self._orphans_of_a_dead_core())
+    def start(self) -> None:
+        """Take over what the registry knows and the keeper holds, then listen, then say that we are ready."""
+        left = self._keeper.inherit()
+        left.ends.update({pid: (0, ended) for pid, ended in self._last_words.before.items()})
+        self.supervisor.load(left)
+        self._known += left.ends
         self.registry.trim(self.config.events_kept, self.config.requests_kept)
         self.supervisor.announce("up")
         self.registry.commit()
@@ -85,22 +94,12 @@ class Service:
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         self._listen()
-        self._channel_watch = self.reactor.watch(channel.fileno(), READ, self._on_channel)
+        self._channel_watch = self.reactor.watch(self._channel.fileno(), READ, self._on_channel)
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
         self.reactor.after(TRIM_SECS, self._trim)
         self.supervisor.ending.reap()
-        channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
-        self._hear(channel.pending())
-
-    def _orphans_of_a_dead_core(self) -> list[tree.Proc]:
-        """Return the keeper's children that were there before us and are no part of the server: what agents of
-        a dead core left. As pid 1 a keeper also adopts strangers, and only marked processes are ours."""
-        keeper, parts = self._started["keeper_pid"], self._started.get("parts", [])
-        ours = tree.look(os.getpid())
-        if keeper == 1 or ours is None or not self._started.get("again"):
-            return []
-        by_parent = tree.children_of(tree.scan((os.getpid(), *parts)))
-        return tree.below(by_parent, [p for p in by_parent.get(keeper, ()) if p.start < ours.start])
+        self._channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
+        self._hear(self._channel.pending())
 
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
@@ -130,16 +129,24 @@ class Service:
                 os.unlink("core.sock")
         self.registry.close()
         self.counters.close()
+        self._last_words.close()
         self.reactor.close()
 
-    def _on_channel(self, _mask: int) -> None:
-        self._hear(self._channel.receive())
+    def _on_channel(self, mask: int) -> None:
+        if mask & WRITE:
+            self._channel.flush()
+        if mask & READ:
+            self._hear(self._channel.receive())
 
     def _hear(self, words: Sequence[Json | None]) -> None:
         for word in words:
             if word is None:  # the keeper died; agents and clients need not notice
                 self.reactor.unwatch(self._channel_watch)
                 self._say("the keeper is gone; going on without")
+            elif "ended" in word:
+                pid, start, *rest = word["ended"]
+                self.supervisor.ending.departed(pid, start, process.Ended(*rest))
+                self._known.append(pid)
             elif word.get("stop"):
                 self._stop()
 
@@ -157,8 +164,12 @@ class Service:
 
     def _end_of_turn(self) -> None:
         self.supervisor.family.stale()
-        self.registry.commit()
+        if self.registry.commit() and not self.supervisor.ending.parting:
+            self._last_words.known()
+            while self._known:
+                self._keeper.known(self._known.pop())
         self._feed.flush()
+        self.reactor.change(self._channel_watch, READ | (WRITE if self._channel.unsent else 0))
         if self._dirty:
             dirty, self._dirty = self._dirty, {}
             for connection in dirty:
@@ -230,14 +241,14 @@ def peer_of(sock: socket.socket) -> tuple[int, str]:
 def main(sock: socket.socket) -> int:
     """Run the core for the keeper at the other end of `sock`."""
     channel = Channel(sock)
-    started = channel.first()
+    started = channel.next()
     config = ServerConfig.from_json(started["config"])
     say = Log(os.path.join(config.state_dir, "core.log"), config.log_bytes)
     try:
         os.chdir(config.state_dir)
         with held("core.lock"):
-            service = Service(started, say)
-            service.start(channel)
+            service = Service(started, channel, say)
+            service.start()
             service.run()
     except AgentServerError as e:
         return channel.fail(str(e))

@@ -22,11 +22,14 @@ from .counters import Counters
 from .ending import Ending, exit_record
 from .family import Family
 from .feed import Feed
+from .lastwords import LastWords
 from .output import OutputLog
 from .reactor import Reactor
 from .registry import Registry
-from .run import Cause, Run
+from .run import Run
+from .takeover import Inheritance, Keeper, TakeOver
 
+UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
 KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
 
 
@@ -34,7 +37,8 @@ class Supervisor:
     """See the module. Everything it needs from outside is an argument."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor, registry: Registry, feed: Feed, counters: Counters,
-                 environ: Mapping[str, str], nofile: int, subreaper: bool, say: Callable[[str], None]) -> None:
+                 environ: Mapping[str, str], nofile: int, family: Family, last_words: LastWords,
+                 keeper: Keeper, say: Callable[[str], None]) -> None:
         self.config, self.reactor, self.registry, self.feed, self.counters = config, reactor, registry, feed, counters
         self.stdin_limit = config.stdin_buffer_bytes
         self.agents: dict[str, Agent] = {}
@@ -43,8 +47,9 @@ class Supervisor:
         self._nofile, self._say = nofile, say
         self._backends = backends.all_backends(config.backends)
         self._boot = tree.boot_id()
-        self.family = Family(subreaper)
-        self.ending = Ending(reactor, self.family, config.drain_secs, config.finish_secs, self._on_end, say)
+        self.family, self._keeper = family, keeper
+        self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self._on_end,
+                             self._save, say)
         self.state = "up"  # up, draining, down
         self.ending_all = False  # a graceful end has begun; a drain only waits
         self._on_down: Callable[[], None] = lambda: None
@@ -135,19 +140,32 @@ class Supervisor:
         directory = self._directory(agent.id)
         _write_files(directory, launch.files)
         environment = {**launch.environment_in(directory), tree.MARK: agent.id}
-        child = process.spawn(launch.argv, environment, agent.cwd, launch.stdin == "pipe", self._nofile)
-        agent.pid, agent.started_at = child.pid, time.time()
+        pipes = process.pipes(launch.stdin == "pipe")
+        self._keeper.hold(agent.id, pipes.ours)  # before the fork: from then on our death costs nothing
+        try:
+            child = process.spawn(launch.argv, environment, agent.cwd, pipes, self._nofile)
+        except RequestError:
+            pipes.close()
+            self._keeper.release(agent.id, [])
+            raise
         seen = tree.look(child.pid)
-        agent.start = seen.start if seen else None
+        agent.pid, agent.start, agent.adopted = child.pid, seen.start if seen else None, False
+        agent.started_at, agent.began = time.time(), self.reactor.clock()
+        agent.ending, agent.signalled = None, {}
+        self._attend(agent, child)
+
+    def _attend(self, agent: Agent, child: process.Child) -> None:
+        """Watch over a leader that runs, from its start or from where a core before us had to leave it."""
         agent.run = Run(agent.id, child, agent.output, self)
         self.family.add(agent)
+        if agent.runtime_secs:
+            agent.run.limit = self.reactor.at(agent.began + agent.runtime_secs,
+                                              lambda: self._limit(agent, "runtime_secs"))
 
     def _started(self, agent: Agent) -> None:
         assert agent.run is not None
         agent.step(lifecycle.STARTED)
-        if agent.runtime_secs:
-            agent.run.limit = self.reactor.after(agent.runtime_secs, lambda: self._limit(agent, "runtime_secs"))
-        self.registry.save_agent(agent.id, None, agent.record())
+        self._save(agent)
         self.feed.agent_event(agent.id, "status_changed", agent.status, f"started as process {agent.pid}",
                               {"attempt": agent.attempt, "pid": agent.pid})
 
@@ -163,20 +181,23 @@ class Supervisor:
         """Begin the stop ladder. The intent is on disk before the first signal, so that nothing can undo it."""
         self.running(agent, "stopped")
         self._want(agent, want)
-        self.ending.begin(agent, Cause(reason, by), agent.grace_secs if grace_secs is None else grace_secs)
+        self.ending.begin(agent, reason, by, agent.grace_secs if grace_secs is None else grace_secs)
 
     def kill(self, agent: Agent, by: str, reason: str = "kill") -> None:
         """SIGKILL the whole tree."""
         self.running(agent, "killed")
         self._want(agent, "down")
-        self.ending.kill(agent, Cause(reason, by))
+        self.ending.kill(agent, reason, by)
 
     def _want(self, agent: Agent, want: str) -> None:
         if agent.want != want:
             agent.want = want
             agent.changed()
-            self.registry.save_agent(agent.id, None, agent.record())
+            self._save(agent)
             self.registry.commit()
+
+    def _save(self, agent: Agent) -> None:
+        self.registry.save_agent(agent.id, agent.finished_at, agent.record())
 
     def restart(self, agent: Agent, by: str, grace_secs: float | None) -> int:
         """Start a new attempt, after ending the one that runs; return its number."""
@@ -191,6 +212,7 @@ class Supervisor:
 
     def _again(self, agent: Agent) -> None:
         self.ending.close(agent)
+        self._keeper.release(agent.id, [])
         launch = self._plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
         agent.step(lifecycle.RESTART)
         self._finished.pop(agent.id, None)
@@ -205,9 +227,9 @@ class Supervisor:
 
     def pause(self, agent: Agent) -> str:
         """SIGSTOP the whole tree; return the mode."""
-        run = self.running(agent, "paused")
-        if run.cause is not None or agent.status == lifecycle.PAUSED:
-            what = "being stopped" if run.cause is not None else "paused already"
+        self.running(agent, "paused")
+        if agent.ending is not None or agent.status == lifecycle.PAUSED:
+            what = "being stopped" if agent.ending is not None else "paused already"
             raise RequestError(f"{agent.label()} is {what}", "invalid_state")
         self.family.stop(agent)
         agent.step(lifecycle.PAUSE)
@@ -227,19 +249,20 @@ class Supervisor:
 
     def signal(self, agent: Agent, number: int, by: str) -> None:
         """Signal the whole tree. Stopping and continuing are pause and resume, so that the status stays true."""
-        run = self.running(agent, "signalled")
-        if number == SIGSTOP and agent.status != lifecycle.PAUSED and run.cause is None:
+        self.running(agent, "signalled")
+        if number == SIGSTOP and agent.status != lifecycle.PAUSED and agent.ending is None:
             self.pause(agent)
         elif number == SIGCONT and agent.status == lifecycle.PAUSED:
             self.resume(agent)
         else:
-            run.signalled[number] = by
+            agent.signalled = {**agent.signalled, str(number): by}
+            self._save(agent)
             if number == SIGKILL:
                 self.ending.name(agent)
             self.family.signal(agent, number)
 
     def _changed(self, agent: Agent, message: str) -> None:
-        self.registry.save_agent(agent.id, None, agent.record())
+        self._save(agent)
         self.feed.agent_event(agent.id, "status_changed", agent.status, message)
 
     def remove(self, agent: Agent) -> None:
@@ -261,10 +284,14 @@ class Supervisor:
 
     # ------------------------------------------------------------ what happens to them
 
+    def release(self, agent_id: str, names: list[str]) -> None:
+        """Tell the keeper what it need not hold any longer."""
+        self._keeper.release(agent_id, names)
+
     def _limit(self, agent: Agent, which: str) -> None:
-        if agent.run is not None and agent.alive and agent.run.cause is None:
+        if agent.run is not None and agent.alive and agent.ending is None:
             self._want(agent, "down")
-            self.ending.begin(agent, Cause(f"limit:{which}", "server"), agent.grace_secs)
+            self.ending.begin(agent, f"limit:{which}", "server", agent.grace_secs)
 
     def stdin_ended(self, agent_id: str, why: str) -> None:
         """Tell that an agent's stdin was closed."""
@@ -290,7 +317,7 @@ class Supervisor:
         self.registry.save_attempt(agent.id, agent.attempt, {
             "attempt": agent.attempt, "started_at": rfc3339(agent.started_at) if agent.started_at else None,
             "exit": record})
-        self.registry.save_agent(agent.id, agent.finished_at, agent.record())
+        self._save(agent)
         kind = {lifecycle.COMPLETED: "completed", lifecycle.TERMINATED: "terminated"}.get(agent.status, "error")
         self.feed.agent_event(agent.id, kind, agent.status, why or summary(record), {"exit": record})
         if again:
@@ -303,43 +330,72 @@ class Supervisor:
 
     # ------------------------------------------------------------ over time
 
-    def load(self, orphans: list[tree.Proc]) -> None:
-        """Take over what the registry knows; end by identity what a dead core left running.
-
-        `orphans` are processes that can only be theirs though they carry no mark."""
-        marks = None
+    def load(self, left: Inheritance) -> None:
+        """Take over what the registry knows and the keeper held: the one path of start, crash and upgrade."""
+        taken = TakeOver(left, self._boot)
         for agent_id, record in self.registry.agents():
             try:
                 agent = Agent(agent_id, self._output(agent_id), {**new_record(), **record})
-                self.agents[agent_id] = agent
             except Exception as e:
                 self.registry.quarantine(agent_id, repr(e), str(record))
                 continue
-            if agent.status in lifecycle.TERMINAL:
-                continue
-            if marks is None:
-                marks = tree.marked()
-            self._lost(agent, marks.pop(agent_id, []), orphans)
-        ended = sorted((agent.finished_at or 0, agent.id) for agent in self.agents.values())
-        self._finished = {agent_id: None for _, agent_id in ended}
+            self.agents[agent_id] = agent
+            if agent.terminal:
+                self._finished[agent_id] = None
+        self._finished = dict.fromkeys(sorted(self._finished, key=lambda i: self.agents[i].finished_at or 0))
+        for agent in [agent for agent in self.agents.values() if not agent.terminal]:
+            self._take_over(agent, taken)
+        for agent_id in taken.unclaimed():
+            self._keeper.release(agent_id, [])
         self.retain()
 
-    def _lost(self, agent: Agent, marked: list[tree.Proc], orphans: list[tree.Proc]) -> None:
-        """End what is left of an agent whose core died, and record it. Its output so far is kept."""
-        left = {(proc.pid, proc.start): proc for proc in marked}
-        leader = tree.look(agent.pid) if agent.pid and agent.boot == self._boot else None
-        if leader is not None and leader.start == agent.start:
-            left[leader.pid, leader.start] = leader
-        for proc in orphans:  # without a mark, whose it was is told by its session, or guessed by its age
-            if not tree.mark_of(proc.pid) and proc.start >= (agent.start or 0):
-                left[proc.pid, proc.start] = proc
-        alive = [proc for proc in left.values() if proc.state != "Z"]
-        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in alive if proc.pid != agent.pid]
-        tree.end(alive)
+    def _take_over(self, agent: Agent, taken: TakeOver) -> None:
+        """Go on with an agent where a core before us had to stop; what cannot be gone on with is ended and recorded."""
+        found = taken.claim(agent)
+        if found is None:
+            self._lost(agent, taken.survivors(agent))
+        elif found.pid == 0:  # asked for and durable, but never started
+            self._begin_again(agent)
+        else:
+            fresh = agent.status == lifecycle.INITIALIZING
+            agent.pid, agent.start, agent.adopted = found.pid, found.start, True
+            agent.started_at = agent.started_at or time.time()
+            agent.began = agent.began or self.reactor.clock()
+            self._attend(agent, process.Child(found.pid, *found.fds))
+            if fresh:
+                self._started(agent)
+            if agent.ending is not None and "rung" in agent.ending:
+                self.ending.go_on(agent)
+            ended = found.ended
+            if ended is not None:
+                self.reactor.after(0, lambda: self.ending.departed(found.pid, 0, ended))
+            elif not found.seen:
+                self.reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
+
+    def _begin_again(self, agent: Agent) -> None:
+        try:
+            self._start(agent, self._plan(read(AgentConfig, self.registry.spec(agent.id), "config")))
+        except RequestError as e:
+            self._on_end(agent, lifecycle.NOT_STARTED, exit_record("not_started", None, 0.0, None, []), str(e))
+        else:
+            self._started(agent)
+
+    def _never_seen(self, agent: Agent) -> None:
+        """Its process was gone before we came, and nobody tells how it ended: say so, rather than guess."""
+        if agent.run is not None and agent.run.ended is None and agent.pid is not None and tree.look(agent.pid) is None:
+            self.family.reaped(agent.pid)
+            self.family.remove(agent)
+            self.ending.close(agent)
+            self._lost(agent, [])
+
+    def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
+        """End what is left of an agent that nothing was held of, and record it. Its output so far is kept."""
+        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left if proc.pid != agent.pid]
+        tree.end(left)
         agent.want = "down"
         duration = time.time() - (agent.started_at or agent.created_at)
         self._on_end(agent, lifecycle.LOST, exit_record("lost", "server", duration, None, leaked),
-                     "the server's core died; what was left of the agent was ended")
+                     "the server died together with what it held of the agent; what was left of it was ended")
 
     def retain(self) -> None:
         """Forget the oldest finished agents past `history_agents` or `history_secs`."""

@@ -64,7 +64,7 @@ def main(sock: socket.socket) -> int:
     channel = Channel(sock)
     owner = Kept(channel)
     try:
-        hello = channel.first()
+        hello = channel.next()
         owner.hear(channel.pending())
         _serve(channel, owner, hello)
     except (AgentServerError, EOFError) as e:

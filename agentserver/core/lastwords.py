@@ -1,0 +1,46 @@
+"""How children ended, noted before they are reaped: a death of ours in between loses no exit code.
+
+Owns:    `ends.jsonl`. A line that write(2) has taken survives a SIGKILL of ours.
+Runs in: the core's thread.
+Unaware: of agents. A child is told by its pid and start time.
+
+A child that ended stays a zombie until it is reaped, so up to that moment the keeper would inherit
+and report it. After it nobody could; so its end is written here first, and the file is emptied when
+the registry has it (at the commit of the turn).
+"""
+from __future__ import annotations
+
+import json
+import os
+
+from .process import Ended
+
+
+class LastWords:
+    """See the module; `before` is what the core that died has left: (pid) -> how it ended."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._written = False
+        self.before: dict[int, Ended] = {}
+        for line in os.pread(self._fd, 16 * 1024 * 1024, 0).splitlines():
+            try:
+                pid, code, number = json.loads(line)
+                self.before[int(pid)] = Ended(code, number, None, None)
+            except ValueError:  # half a line: that child was not reaped either
+                continue
+
+    def note(self, pid: int, code: int | None, number: int | None) -> None:
+        """Write how a child ended that is about to be reaped."""
+        os.write(self._fd, json.dumps([pid, code, number]).encode() + b"\n")
+        self._written = True
+
+    def known(self) -> None:
+        """Forget everything: it is in the registry."""
+        if self._written or self.before:
+            os.ftruncate(self._fd, 0)
+            self._written, self.before = False, {}
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._fd)

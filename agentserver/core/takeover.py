@@ -1,0 +1,122 @@
+"""Going on where a core before us stopped.
+
+Owns:    what the keeper handed over, and finding for each agent what of it is there: descriptors, a
+         process, an end that was seen. And, for the next time, telling the keeper what to hold.
+Runs in: the core's thread; the finding at its start only.
+Unaware: of what is then done with an agent (supervisor.py).
+
+What cannot be known is not guessed: a process is an agent's by pid and start time, or by the mark in
+its environment together with being a session's leader, never by its pid alone.
+"""
+from __future__ import annotations
+
+import os
+from typing import NamedTuple, Sequence
+
+from . import tree
+from .agent import Agent
+from .channel import Channel
+from .process import Ended
+
+NAMES = ("stdin", "stdout", "stderr")
+
+
+class Inheritance(NamedTuple):
+    """What a new core is handed: descriptors by agent and name, and ends by pid with the start time of who ended."""
+
+    fds: dict[str, dict[str, int]]
+    ends: dict[int, tuple[int, Ended]]
+
+
+class Found(NamedTuple):
+    """What is there of an agent. `pid` 0: never started. `seen`: it runs; else its end is known or will be told."""
+
+    pid: int
+    start: int | None
+    fds: tuple[int, int, int]
+    ended: Ended | None
+    seen: bool
+
+
+class Keeper:
+    """The keeper as the core talks to it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def inherit(self) -> Inheritance:
+        """Wait for everything that a core before us has left; the keeper says `go` at its end."""
+        left = Inheritance({}, {})
+        while "go" not in (word := self._channel.next()):
+            if "held" in word:
+                left.fds[word["held"]] = dict(zip(word["names"], word["fds"]))
+            elif "ended" in word:
+                pid, start, *rest = word["ended"]
+                left.ends[pid] = (start, Ended(*rest))
+        return left
+
+    def hold(self, agent_id: str, fds: Sequence[int]) -> None:
+        """Give the keeper copies of our ends of an agent's pipes."""
+        there = [(name, fd) for name, fd in zip(NAMES, fds) if fd >= 0]
+        self._channel.send({"hold": agent_id, "names": [name for name, _ in there]}, [fd for _, fd in there])
+
+    def release(self, agent_id: str, names: list[str]) -> None:
+        """Let the keeper close its copies; all of them without names."""
+        self._channel.send({"release": agent_id, "names": names})
+
+    def known(self, pid: int) -> None:
+        """An end that the keeper told of is on disk."""
+        self._channel.send({"known": pid})
+
+
+class TakeOver:
+    """One start: what was left, claimed agent by agent."""
+
+    def __init__(self, left: Inheritance, boot: str) -> None:
+        self._left, self._boot = left, boot
+        self._marked: dict[str, list[tree.Proc]] | None = None
+
+    def claim(self, agent: Agent) -> Found | None:
+        """Return what there is of an agent to go on with, or None."""
+        held = self._left.fds.pop(agent.id, None)
+        if held is None or agent.boot != self._boot:
+            return None
+        fds = (held.get("stdin", -1), held.get("stdout", -1), held.get("stderr", -1))
+        pid, start = agent.pid, agent.start
+        if pid is None:
+            leader = self._leader(agent)
+            if leader is None:
+                for fd in held.values():
+                    os.close(fd)
+                return Found(0, None, (-1, -1, -1), None, False)
+            pid, start = leader
+        told = self._left.ends.get(pid)
+        if told is not None and told[0] in (start, 0):
+            return Found(pid, start, fds, told[1], False)
+        proc = tree.look(pid)
+        return Found(pid, start, fds, None, proc is not None and proc.start == start)
+
+    def _leader(self, agent: Agent) -> tuple[int, int] | None:
+        """Find the leader of an agent that was being started: its pid was not on disk yet."""
+        for proc in self.survivors(agent):
+            if proc.session == proc.pid:
+                return proc.pid, proc.start
+        return None
+
+    def survivors(self, agent: Agent) -> list[tree.Proc]:
+        """Return what runs with an agent's mark or identity, whoever is its parent now."""
+        if self._marked is None:
+            self._marked = tree.marked()
+        left = {proc.pid: proc for proc in self._marked.get(agent.id, [])}
+        leader = tree.look(agent.pid) if agent.pid and agent.boot == self._boot else None
+        if leader is not None and leader.start == agent.start and leader.state != "Z":
+            left[leader.pid] = leader
+        return list(left.values())
+
+    def unclaimed(self) -> list[str]:
+        """Return whom the keeper held something for that no agent claimed; our copies are closed."""
+        for held in self._left.fds.values():
+            for fd in held.values():
+                os.close(fd)
+        return list(self._left.fds)
+
