@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 #: fields of a record as they are stored; anything else in a stored record is kept in `unknown`
 STORED = ("name", "model_backend", "task", "command", "cwd", "stdin", "finish", "grace_secs", "runtime_secs",
           "labels", "metadata", "status", "want", "attempt", "pid", "start", "boot", "created_at", "started_at",
-          "finished_at", "paused_at", "pause_mode", "exit", "began", "ending", "signalled")
+          "finished_at", "paused_at", "pause_mode", "exit", "began", "ending", "signalled",
+          "stdin_file", "stdin_end", "stdin_closing")
 
 
 class Agent:
@@ -52,6 +53,10 @@ class Agent:
     began: float              # monotonic seconds at which the attempt started; holds within one boot
     ending: Json | None       # why and how far the attempt is being ended: reason, by, rung, at (monotonic), grace_secs
     signalled: dict[str, str]  # signals that clients sent to the attempt, by number, and who did
+
+    stdin_file: int           # see stdin.py
+    stdin_end: int
+    stdin_closing: bool
 
     def __init__(self, agent_id: str, output: OutputLog, record: Json) -> None:
         self.id, self.output = agent_id, output
@@ -128,5 +133,5 @@ def new_record(**known: Any) -> Json:
     """Return the record of an agent that was just asked for."""
     record: Json = {key: None for key in STORED}
     record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", "began": 0.0,
-                   "signalled": {}, **known})
+                   "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, **known})
     return record

@@ -131,15 +131,16 @@ class Commands:
                                "stdin_closed")
         if run is None:
             raise RequestError(f"{agent.label()} is {agent.status}; nothing can be written to it", "stdin_closed")
-        buffered = run.write(data)
+        self._supervisor.check_memory()
+        buffered = run.stdin.write(data)
         if payload.eof:
-            run.close_stdin()
+            run.stdin.close()
         return {"bytes_written": len(data), "buffered": buffered}
 
     def _close_stdin(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
         if agent.run is None or not agent.alive or agent.stdin == "null":
             raise RequestError(f"{agent.label()} has no open stdin", "stdin_closed")
-        agent.run.close_stdin()
+        agent.run.stdin.close()
         return {"closed": True}
 
     def _read(self, agent: Agent, payload: m.ReadPayload, stream: str) -> Json:

@@ -46,8 +46,8 @@ class Ending:
         agent.ending = {**(agent.ending or {"reason": reason, "by": by}), "grace_secs": grace_secs}
         run = agent.run
         assert run is not None
-        if first and agent.finish == "close_stdin" and run.stdin_open:
-            run.close_stdin()
+        if first and agent.finish == "close_stdin" and run.stdin.open:
+            run.stdin.close()
         elif first and agent.finish == "sigint":
             self._family.signal(agent, SIGINT)
         else:
@@ -206,8 +206,11 @@ def verdict(agent: Agent, run: Run, clock: float) -> tuple[str, Json]:
 def exit_record(reason: str, by: str | None, duration: float, ended: Ended | None, leaked: list[Json]) -> Json:
     """Return the exit record of the protocol; `ended` is None when nobody saw the end."""
     number = ended.signal if ended else None
+    most = ended.max_rss_bytes if ended else None
+    if most is not None and most <= process.own_peak_bytes():
+        most = None
     return {"code": ended.code if ended else None,
             "signal": process.signal_name(number) if number else None, "signal_number": number,
             "reason": reason, "by": by, "at": rfc3339(time.time()), "duration": round(duration, 6),
-            "rusage": {"cpu_secs": ended.cpu_secs, "max_rss_bytes": ended.max_rss_bytes} if ended else {},
+            "rusage": {"cpu_secs": ended.cpu_secs, "max_rss_bytes": most} if ended else {},
             "leaked": leaked}

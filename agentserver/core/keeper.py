@@ -29,8 +29,8 @@ from .held import Held
 from .lock import held, held_by_another
 from .log import Log, redirect
 
-BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a dead part is started again
-STEADY_SECS = 10.0           # after so long alive, a death is a first one again
+BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a part that does not come up is started again
+LEAST_LIFE_SECS = 0.1        # a part that got ready and lived so long is started again at once
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
 FDS_PER_AGENT = 6            # three pipes, two segments, one index
 FDS_RESERVE = 100            # sockets, some clients, registry, logs
@@ -66,8 +66,9 @@ class Part:
         """It has ended: note when it may be started again."""
         now = time.monotonic()
         first, most = BACKOFF_SECS
-        self._pause = first if now - self.began > STEADY_SECS else min(max(first, self._pause * 2), most)
-        self.pid, self.again_at = 0, now + (0.0 if self._pause == first else self._pause)
+        crashed_at_once = not self.ready or now - self.began < LEAST_LIFE_SECS
+        self._pause = min(max(first, self._pause * 2), most) if crashed_at_once else 0.0
+        self.pid, self.again_at = 0, now + self._pause
         if self.channel is not None:
             self.channel.close()
             self.channel = None

@@ -36,10 +36,7 @@ class Child(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a process ended: exit code or signal number, and what it used (getrusage(2)).
-
-    `max_rss_bytes` is None for a process that stayed smaller than we are: until its exec a child shares our
-    memory, and the kernel counts that as the child's."""
+    """How a process ended: exit code or signal number, and what it used (getrusage(2)); None: nobody knows."""
 
     code: int | None
     signal: int | None
@@ -321,6 +318,10 @@ def _ended(status: int, usage: Any) -> Ended:
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB here
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    ours = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    most = usage.ru_maxrss * unit if usage.ru_maxrss > ours else None
-    return Ended(code, number, round(usage.ru_utime + usage.ru_stime, 6), most)
+    return Ended(code, number, round(usage.ru_utime + usage.ru_stime, 6), usage.ru_maxrss * unit)
+
+
+def own_peak_bytes() -> int:
+    """Return the most memory that we have had. Until its exec a child shares ours, and the kernel counts that as the
+    child's: of one that is said to have had no more than we, nothing is known."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

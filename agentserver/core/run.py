@@ -1,6 +1,6 @@
-"""One attempt of an agent while its process exists: its pipes, its stdin buffer, what is left to do when it ends.
+"""One attempt of an agent while its process exists: its output pipes, its timers, what is left to do when it ends.
 
-Owns:    our ends of the pipes and what waits in front of the agent's stdin.
+Owns:    our ends of the output pipes.
 Runs in: the core's thread; nothing here blocks, and no agent can make it.
 Unaware: of statuses and of who asked. It reports what happened through `Desk`.
 
@@ -9,17 +9,16 @@ which a descendant that holds the pipe may delay; after the exit it is waited fo
 """
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 from typing import Callable, Protocol
 
-from ..errors import RequestError
 from .counters import Counters
 from .feed import Feed
 from .output import OutputLog
 from .process import Child, Ended
-from .reactor import READ, WRITE, Reactor, Timer, Watch
+from .reactor import READ, Reactor, Timer
+from .stdin import Stdin
 
 PIPE_BYTES, WIDE_BYTES = 64 * 1024, 256 * 1024  # what a pipe holds, and what one that was full is made to hold
 F_SETPIPE_SZ = 1031  # fcntl has it from Python 3.10 on
@@ -33,10 +32,6 @@ class Desk(Protocol):
     reactor: Reactor
     feed: Feed
     counters: Counters
-    stdin_limit: int
-
-    def stdin_ended(self, agent_id: str, why: str) -> None:
-        """The agent's stdin was closed, by us or by the agent."""
 
     def release(self, agent_id: str, names: list[str]) -> None:
         """The keeper need not hold these any longer."""
@@ -48,17 +43,14 @@ class Desk(Protocol):
 class Run:
     """See the module."""
 
-    __slots__ = ("_agent_id", "_buffer", "_closing", "_desk", "_fds", "_shown", "_stdin", "_stdin_watch", "_watches",
-                 "_wide", "ended", "inodes", "leaked", "ladder", "limit", "output", "trouble")
+    __slots__ = ("_agent_id", "_desk", "_fds", "_shown", "_watches", "_wide",
+                 "ended", "inodes", "leaked", "ladder", "limit", "output", "stdin", "trouble")
 
-    def __init__(self, agent_id: str, child: Child, output: OutputLog, desk: Desk) -> None:
-        self._agent_id, self._desk, self.output = agent_id, desk, output
-        self._stdin = child.stdin
+    def __init__(self, agent_id: str, child: Child, output: OutputLog, stdin: Stdin, desk: Desk) -> None:
+        self._agent_id, self._desk, self.output, self.stdin = agent_id, desk, output, stdin
         self._fds = {name: fd for name, fd in zip(STREAMS, (child.stdout, child.stderr)) if fd >= 0}
         self.inodes = frozenset(os.fstat(fd).st_ino for fd in child[1:] if fd >= 0)  # of the pipes, both ends alike
-        self._buffer, self._closing = bytearray(), False
         self._wide: set[str] = set()         # streams whose pipe was made larger
-        self._stdin_watch: Watch | None = None
         self._watches = {name: desk.reactor.watch(fd, READ, self._reader(name), bulk=True)
                          for name, fd in self._fds.items()}
         self._shown = {name: output.span(name)[1] for name in STREAMS}
@@ -146,66 +138,10 @@ class Run:
         """Let go of every pipe and timer, whoever else still holds them."""
         for name in list(self._fds):
             self._end_of(name)
-        self._close_stdin()
+        self.stdin.abandon()
         for timer in (self.ladder, self.limit):
             if timer is not None:
                 timer.cancel()
-
-    # ------------------------------------------------------------ stdin
-
-    @property
-    def stdin_open(self) -> bool:
-        """Whether stdin still takes data."""
-        return self._stdin >= 0 and not self._closing
-
-    def write(self, data: bytes) -> int:
-        """Accept all of `data` or nothing; return how much still waits for the agent to read."""
-        if not self.stdin_open:
-            raise RequestError("the agent's stdin is closed", "stdin_closed")
-        limit = self._desk.stdin_limit
-        if len(self._buffer) + len(data) > limit:
-            raise RequestError(
-                f"{len(data)} bytes do not fit: {len(self._buffer)} of {limit} wait for the agent to read them; "
-                "send less at once, or again later", "stdin_full")
-        self._buffer += data
-        self._flush()
-        return len(self._buffer)
-
-    def close_stdin(self) -> None:
-        """Close after what is buffered has been written."""
-        if not self.stdin_open:
-            raise RequestError("the agent's stdin is closed already", "stdin_closed")
-        self._closing = True
-        self._flush()
-
-    def _flush(self, _mask: int = 0) -> None:
-        try:
-            while self._buffer:
-                del self._buffer[:os.write(self._stdin, self._buffer[:65536])]
-        except BlockingIOError:
-            if self._stdin_watch is None:
-                self._stdin_watch = self._desk.reactor.watch(self._stdin, WRITE, self._flush)
-            return
-        except OSError as e:
-            self._close_stdin()
-            gone = e.errno == errno.EPIPE
-            self._desk.stdin_ended(
-                self._agent_id, "the agent closed its stdin" if gone else f"stdin failed: {os.strerror(e.errno or 0)}")
-            return
-        self._desk.reactor.unwatch(self._stdin_watch)
-        self._stdin_watch = None
-        if self._closing:
-            self._close_stdin()
-            self._desk.stdin_ended(self._agent_id, "stdin was closed")
-
-    def _close_stdin(self) -> None:
-        if self._stdin >= 0:
-            self._desk.reactor.unwatch(self._stdin_watch)
-            self._stdin_watch = None
-            os.close(self._stdin)
-            self._desk.release(self._agent_id, ["stdin"])  # EOF comes when every holder has closed
-            self._stdin = -1
-            self._buffer.clear()
 
 
 def whole_characters(data: bytes) -> int:

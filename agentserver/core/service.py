@@ -164,10 +164,12 @@ class Service:
 
     def _end_of_turn(self) -> None:
         self.supervisor.family.stale()
-        if self.registry.commit() and not self.supervisor.ending.parting:
-            self._last_words.known()
-            while self._known:
-                self._keeper.known(self._known.pop())
+        if self.registry.commit():
+            self.supervisor.committed()
+            if not self.supervisor.ending.parting:
+                self._last_words.known()
+                while self._known:
+                    self._keeper.known(self._known.pop())
         self._feed.flush()
         self.reactor.change(self._channel_watch, READ | (WRITE if self._channel.unsent else 0))
         if self._dirty:

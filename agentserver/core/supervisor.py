@@ -27,7 +27,8 @@ from .output import OutputLog
 from .reactor import Reactor
 from .registry import Registry
 from .run import Run
-from .takeover import Inheritance, Keeper, TakeOver
+from .stdin import Stdin
+from .takeover import NAMES, Inheritance, Keeper, TakeOver
 
 UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
 KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
@@ -49,7 +50,8 @@ class Supervisor:
         self._boot = tree.boot_id()
         self.family, self._keeper = family, keeper
         self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self._on_end,
-                             self._save, say)
+                             self.save, say)
+        self._after_commit: list[Callable[[], None]] = []
         self.state = "up"  # up, draining, down
         self.ending_all = False  # a graceful end has begun; a drain only waits
         self._on_down: Callable[[], None] = lambda: None
@@ -90,12 +92,16 @@ class Supervisor:
         """Refuse new work when the server is full, ending, or cannot remember it."""
         if self.state != "up":
             raise RequestError("the server is shutting down and takes no new work", "shutting_down")
-        if self.registry.trouble:
-            raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); free some disk space",
-                               "unavailable")
+        self.check_memory()
         if self.active >= self.config.max_agents:
             raise RequestError(f"{self.active} agents are running and max_agents is {self.config.max_agents}; "
                                "stop one, or raise max_agents", "limit_reached")
+
+    def check_memory(self) -> None:
+        """Refuse what has to be remembered when nothing can be."""
+        if self.registry.trouble:
+            raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); free some disk space",
+                               "unavailable")
 
     def spawn(self, config: AgentConfig, metadata: Json, request_id: str) -> Agent:
         """Start an agent; raise `RequestError`, leaving no trace, when it cannot be started."""
@@ -131,17 +137,18 @@ class Supervisor:
         return sorted({*launch.environment, *launch.files, tree.MARK})
 
     def _output(self, agent_id: str) -> OutputLog:
-        return OutputLog(self._directory(agent_id), self.config.output_cap_bytes)
+        return OutputLog(self.directory(agent_id), self.config.output_cap_bytes)
 
-    def _directory(self, agent_id: str) -> str:
+    def directory(self, agent_id: str) -> str:
+        """Return where the files of an agent are."""
         return os.path.join(self.config.state_dir, "agents", agent_id)
 
     def _start(self, agent: Agent, launch: backends.Launch) -> None:
-        directory = self._directory(agent.id)
+        directory = self.directory(agent.id)
         _write_files(directory, launch.files)
         environment = {**launch.environment_in(directory), tree.MARK: agent.id}
         pipes = process.pipes(launch.stdin == "pipe")
-        self._keeper.hold(agent.id, pipes.ours)  # before the fork: from then on our death costs nothing
+        self._keeper.hold(agent.id, dict(zip(NAMES, pipes.ours)))  # before the fork: now our death costs nothing
         try:
             child = process.spawn(launch.argv, environment, agent.cwd, pipes, self._nofile)
         except RequestError:
@@ -151,12 +158,12 @@ class Supervisor:
         seen = tree.look(child.pid)
         agent.pid, agent.start, agent.adopted = child.pid, seen.start if seen else None, False
         agent.started_at, agent.began = time.time(), self.reactor.clock()
-        agent.ending, agent.signalled = None, {}
+        agent.ending, agent.signalled, agent.stdin_closing = None, {}, False
         self._attend(agent, child)
 
-    def _attend(self, agent: Agent, child: process.Child) -> None:
+    def _attend(self, agent: Agent, child: process.Child, stdin_file: int = -1) -> None:
         """Watch over a leader that runs, from its start or from where a core before us had to leave it."""
-        agent.run = Run(agent.id, child, agent.output, self)
+        agent.run = Run(agent.id, child, agent.output, Stdin(agent, child.stdin, self, stdin_file), self)
         self.family.add(agent)
         if agent.runtime_secs:
             agent.run.limit = self.reactor.at(agent.began + agent.runtime_secs,
@@ -165,7 +172,7 @@ class Supervisor:
     def _started(self, agent: Agent) -> None:
         assert agent.run is not None
         agent.step(lifecycle.STARTED)
-        self._save(agent)
+        self.save(agent)
         self.feed.agent_event(agent.id, "status_changed", agent.status, f"started as process {agent.pid}",
                               {"attempt": agent.attempt, "pid": agent.pid})
 
@@ -193,10 +200,11 @@ class Supervisor:
         if agent.want != want:
             agent.want = want
             agent.changed()
-            self._save(agent)
+            self.save(agent)
             self.registry.commit()
 
-    def _save(self, agent: Agent) -> None:
+    def save(self, agent: Agent) -> None:
+        """Put the agent's record on disk with this turn."""
         self.registry.save_agent(agent.id, agent.finished_at, agent.record())
 
     def restart(self, agent: Agent, by: str, grace_secs: float | None) -> int:
@@ -256,13 +264,13 @@ class Supervisor:
             self.resume(agent)
         else:
             agent.signalled = {**agent.signalled, str(number): by}
-            self._save(agent)
+            self.save(agent)
             if number == SIGKILL:
                 self.ending.name(agent)
             self.family.signal(agent, number)
 
     def _changed(self, agent: Agent, message: str) -> None:
-        self._save(agent)
+        self.save(agent)
         self.feed.agent_event(agent.id, "status_changed", agent.status, message)
 
     def remove(self, agent: Agent) -> None:
@@ -280,9 +288,24 @@ class Supervisor:
     def _erase(self, agent: Agent) -> None:
         agent.output.close()
         self.registry.remove_agent(agent.id)
-        shutil.rmtree(self._directory(agent.id), ignore_errors=True)
+        shutil.rmtree(self.directory(agent.id), ignore_errors=True)
 
     # ------------------------------------------------------------ what happens to them
+
+    def hold(self, agent_id: str, name: str, fd: int) -> None:
+        """Give the keeper a copy of a descriptor."""
+        self._keeper.hold(agent_id, {name: fd})
+
+    def after_commit(self, call: Callable[[], None]) -> None:
+        """Call back when this turn is on disk and the keeper has what it was given."""
+        self._after_commit.append(call)
+
+    def committed(self) -> None:
+        """Do what had to wait for the disk; the service calls it after each commit that went well."""
+        if self._after_commit and self._keeper.has_everything:
+            calls, self._after_commit = self._after_commit, []
+            for call in calls:
+                call()
 
     def release(self, agent_id: str, names: list[str]) -> None:
         """Tell the keeper what it need not hold any longer."""
@@ -317,7 +340,7 @@ class Supervisor:
         self.registry.save_attempt(agent.id, agent.attempt, {
             "attempt": agent.attempt, "started_at": rfc3339(agent.started_at) if agent.started_at else None,
             "exit": record})
-        self._save(agent)
+        self.save(agent)
         kind = {lifecycle.COMPLETED: "completed", lifecycle.TERMINATED: "terminated"}.get(agent.status, "error")
         self.feed.agent_event(agent.id, kind, agent.status, why or summary(record), {"exit": record})
         if again:
@@ -361,7 +384,7 @@ class Supervisor:
             agent.pid, agent.start, agent.adopted = found.pid, found.start, True
             agent.started_at = agent.started_at or time.time()
             agent.began = agent.began or self.reactor.clock()
-            self._attend(agent, process.Child(found.pid, *found.fds))
+            self._attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
             if fresh:
                 self._started(agent)
             if agent.ending is not None and "rung" in agent.ending:

@@ -11,7 +11,7 @@ its environment together with being a session's leader, never by its pid alone.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, Sequence
+from typing import Mapping, NamedTuple
 
 from . import tree
 from .agent import Agent
@@ -34,6 +34,7 @@ class Found(NamedTuple):
     pid: int
     start: int | None
     fds: tuple[int, int, int]
+    stdin_file: int
     ended: Ended | None
     seen: bool
 
@@ -55,10 +56,15 @@ class Keeper:
                 left.ends[pid] = (start, Ended(*rest))
         return left
 
-    def hold(self, agent_id: str, fds: Sequence[int]) -> None:
-        """Give the keeper copies of our ends of an agent's pipes."""
-        there = [(name, fd) for name, fd in zip(NAMES, fds) if fd >= 0]
-        self._channel.send({"hold": agent_id, "names": [name for name, _ in there]}, [fd for _, fd in there])
+    def hold(self, agent_id: str, fds: Mapping[str, int]) -> None:
+        """Give the keeper copies of an agent's descriptors (-1: none)."""
+        there = {name: fd for name, fd in fds.items() if fd >= 0}
+        self._channel.send({"hold": agent_id, "names": list(there)}, list(there.values()))
+
+    @property
+    def has_everything(self) -> bool:
+        """Whether what we gave is out of our hands: what is in the socket outlives us."""
+        return not self._channel.unsent
 
     def release(self, agent_id: str, names: list[str]) -> None:
         """Let the keeper close its copies; all of them without names."""
@@ -82,19 +88,22 @@ class TakeOver:
         if held is None or agent.boot != self._boot:
             return None
         fds = (held.get("stdin", -1), held.get("stdout", -1), held.get("stderr", -1))
+        file = held.get(f"stdin.{agent.stdin_file}", -1)
+        for name in set(held) - {*NAMES, f"stdin.{agent.stdin_file}"}:
+            os.close(held.pop(name))  # of a file that the registry never heard of, or that is written out
         pid, start = agent.pid, agent.start
         if pid is None:
             leader = self._leader(agent)
             if leader is None:
                 for fd in held.values():
                     os.close(fd)
-                return Found(0, None, (-1, -1, -1), None, False)
+                return Found(0, None, (-1, -1, -1), -1, None, False)
             pid, start = leader
         told = self._left.ends.get(pid)
         if told is not None and told[0] in (start, 0):
-            return Found(pid, start, fds, told[1], False)
+            return Found(pid, start, fds, file, told[1], False)
         proc = tree.look(pid)
-        return Found(pid, start, fds, None, proc is not None and proc.start == start)
+        return Found(pid, start, fds, file, None, proc is not None and proc.start == start)
 
     def _leader(self, agent: Agent) -> tuple[int, int] | None:
         """Find the leader of an agent that was being started: its pid was not on disk yet."""

@@ -1,0 +1,183 @@
+"""What goes to an agent's stdin: accepted once, durable, written once.
+
+Owns:    the pipe's write end, and the file in which what was accepted waits for the agent to read.
+Runs in: the core's thread; nothing here blocks, and no agent can make it.
+Unaware: of requests. `Desk` says when what is in the file is also in the registry.
+
+    write  append to the file, let the end go into the registry with the request id (one transaction)
+    pump   after the commit, sendfile(2) from the file to the pipe, at the file's own position
+
+The position belongs to the open file description, and the keeper holds a copy of that. The kernel
+moves bytes and position together, so a new core that finds the position finds how much was written,
+whatever killed the one before: nothing is written twice, nothing is left out. (Writing first and
+recording then, or the other way round, is wrong whenever death comes in between.)
+
+A page that was sent is shared with the pipe, so a file is never overwritten or cut short: when it
+has grown and everything is written, the next write begins a new one.
+"""
+from __future__ import annotations
+
+import errno
+import os
+from typing import Callable, Protocol
+
+from ..errors import RequestError
+from .agent import Agent
+from .reactor import WRITE, Reactor, Watch
+
+PIECE = 256 * 1024
+ROTATE_BYTES = 4 * 1024 * 1024  # of a file that was written out, before the next write begins a new one
+
+
+class Desk(Protocol):
+    """What stdin needs from around it."""
+
+    reactor: Reactor
+    stdin_limit: int
+
+    def save(self, agent: Agent) -> None:
+        """Put the agent's record on disk with this turn."""
+
+    def after_commit(self, call: Callable[[], None]) -> None:
+        """Call back when this turn is on disk and the keeper has what it was given."""
+
+    def directory(self, agent_id: str) -> str:
+        """Return where the files of an agent are."""
+
+    def hold(self, agent_id: str, name: str, fd: int) -> None:
+        """Give the keeper a copy of a descriptor."""
+
+    def release(self, agent_id: str, names: list[str]) -> None:
+        """The keeper need not hold these any longer."""
+
+    def stdin_ended(self, agent_id: str, why: str) -> None:
+        """Stdin was closed, by us or by the agent."""
+
+
+class Stdin:
+    """The stdin of one attempt. `file` is the open file that a core before us has left, -1 if there is none.
+
+    Durable in the agent's record: `stdin_file`, the number of the file; `stdin_end`, how much of it was
+    accepted; `stdin_closing`, whether it is to be closed after that."""
+
+    __slots__ = ("_agent", "_desk", "_file", "_pipe", "_pumping", "_watch")
+
+    def __init__(self, agent: Agent, pipe: int, desk: Desk, file: int = -1) -> None:
+        self._agent, self._pipe, self._desk, self._file = agent, pipe, desk, file
+        self._watch: Watch | None = None
+        self._pumping = False
+        if file < 0:
+            agent.stdin_end = 0
+        if pipe >= 0 and (self._waiting or agent.stdin_closing):
+            self._pump_later()
+
+    @property
+    def open(self) -> bool:
+        """Whether it still takes data."""
+        return self._pipe >= 0 and not self._agent.stdin_closing
+
+    @property
+    def _waiting(self) -> int:
+        """How many accepted bytes the pipe has not taken yet."""
+        return self._agent.stdin_end - os.lseek(self._file, 0, os.SEEK_CUR) if self._file >= 0 else 0
+
+    def write(self, data: bytes) -> int:
+        """Accept all of `data` or nothing; return how much waited already for the agent to read."""
+        if not self.open:
+            raise RequestError("the agent's stdin is closed", "stdin_closed")
+        waiting, limit = self._waiting, self._desk.stdin_limit
+        if waiting + len(data) > limit:
+            raise RequestError(
+                f"{len(data)} bytes do not fit: {waiting} of {limit} wait for the agent to read them; "
+                "send less at once, or again later", "stdin_full")
+        if data:
+            self._append(data, waiting)
+            self._pump_later()
+        return waiting
+
+    def _append(self, data: bytes, waiting: int) -> None:
+        agent = self._agent
+        try:
+            if self._file < 0 or (not waiting and agent.stdin_end > ROTATE_BYTES):
+                self._begin_file()
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._file, data[done:], agent.stdin_end + done)
+        except OSError as e:
+            raise RequestError(f"what is to be written cannot be kept: {e.strerror}; free some disk space",
+                               "unavailable") from None
+        agent.stdin_end += len(data)
+        self._desk.save(agent)
+
+    def _begin_file(self) -> None:
+        agent = self._agent
+        directory = self._desk.directory(agent.id)
+        os.makedirs(directory, 0o700, exist_ok=True)
+        path = os.path.join(directory, f"stdin.{agent.stdin_file + 1}")
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._drop_file()
+        self._file, agent.stdin_file, agent.stdin_end = file, agent.stdin_file + 1, 0
+        self._desk.hold(agent.id, f"stdin.{agent.stdin_file}", file)
+
+    def close(self) -> None:
+        """Close after what waits has been written."""
+        if not self.open:
+            raise RequestError("the agent's stdin is closed already", "stdin_closed")
+        self._agent.stdin_closing = True
+        self._desk.save(self._agent)
+        self._pump_later()
+
+    # ------------------------------------------------------------ towards the agent
+
+    def _pump_later(self) -> None:
+        if not self._pumping:
+            self._pumping = True
+            self._desk.after_commit(self._pump)
+
+    def _pump(self, _mask: int = 0) -> None:
+        """Move what waits, as far as the pipe takes it."""
+        self._pumping = False
+        if self._pipe < 0:
+            return
+        try:
+            while self._waiting:
+                os.sendfile(self._pipe, self._file, None, min(self._waiting, PIECE))
+        except BlockingIOError:
+            if self._watch is None:
+                self._watch = self._desk.reactor.watch(self._pipe, WRITE, self._pump)
+            return
+        except OSError as e:
+            gone = e.errno == errno.EPIPE
+            self._over("the agent closed its stdin" if gone else f"stdin failed: {os.strerror(e.errno or 0)}")
+            return
+        self._desk.reactor.unwatch(self._watch)
+        self._watch = None
+        if self._agent.stdin_closing:
+            self._over("stdin was closed")
+
+    def _over(self, why: str) -> None:
+        self._agent.stdin_closing = True
+        self._desk.save(self._agent)
+        self.abandon()
+        self._desk.stdin_ended(self._agent.id, why)
+
+    def abandon(self) -> None:
+        """Let go of everything, written or not. EOF reaches the agent when the keeper has let go as well."""
+        if self._pipe >= 0:
+            self._desk.reactor.unwatch(self._watch)
+            self._watch = None
+            os.close(self._pipe)
+            self._pipe = -1
+            self._desk.release(self._agent.id, ["stdin"])
+        self._drop_file()
+
+    def _drop_file(self) -> None:
+        if self._file >= 0:
+            name = f"stdin.{self._agent.stdin_file}"
+            os.close(self._file)
+            self._file = -1
+            self._desk.release(self._agent.id, [name])
+            try:
+                os.unlink(os.path.join(self._desk.directory(self._agent.id), name))
+            except OSError:
+                pass
