@@ -37,6 +37,9 @@ class Desk(Protocol):
     def hello(self, facts: Json) -> None:
         """A shell said who it is."""
 
+    def keeper_came(self, sock: socket.socket) -> None:
+        """A new keeper is at the other end of this socket."""
+
     def dirty(self, connection: "Connection") -> None:
         """This connection has something to send at the end of the turn."""
 
@@ -81,12 +84,16 @@ class Connection:
             except (framing.FramingError, ValueError):  # a stream that makes no sense any more
                 self.close()
                 return
-            self._eof = not data
-            self.work()
+            if self._watch.active:
+                self._eof = not data
+                self.work()
 
     def _take(self, data: bytes) -> None:
         """Cut messages from what arrived."""
         if self._lines is not None:
+            if data == framing.KEEPER and not self._inbox:
+                self._become_channel()
+                return
             if data.startswith(framing.PREFACE) and not self._inbox:
                 self._lines, data = None, data[len(framing.PREFACE):]
             else:
@@ -98,6 +105,12 @@ class Connection:
                 self._desk.hello(self.shell)
             else:
                 self._inbox.append((tag, header, body))
+
+    def _become_channel(self) -> None:
+        """Hand the socket to the service: a keeper is at the other end."""
+        self._desk.reactor.unwatch(self._watch)
+        self._desk.gone(self)
+        self._desk.keeper_came(self._sock)
 
     def work(self) -> None:
         """Handle what waits, a bounded number at once; the rest has its turn in the next turn."""

@@ -199,6 +199,8 @@ def verdict(agent: Agent, run: Run, clock: float) -> tuple[str, Json]:
         given, reason, by = lifecycle.ENDED_BY_US, "signaled", agent.signalled[str(number)]
     elif ended.code == 0:
         given = lifecycle.EXITED_OK
+    elif ended.code is None and ended.signal is None:  # it ended while nobody who could know was there
+        given, reason = lifecycle.LOST, "lost"
     return given, exit_record(reason, by, max(0.0, clock - agent.began), ended,
                               [{"pid": pid, "command": command} for pid, command in run.leaked.items()])
 

@@ -21,7 +21,7 @@ class Facts:
     def __init__(self, config: ServerConfig, started: Json) -> None:
         self._config = config
         self.started_at = float(started["started_at"])
-        self._keeper_pid, self._generation = int(started["keeper_pid"]), int(started["generation"])
+        self._keeper_pid, self.generation = int(started["keeper_pid"]), int(started["generation"])
         self._shell: Json = {}
         self._json = b""
 
@@ -30,9 +30,18 @@ class Facts:
         self._shell = shell
         self._json = b""
 
+    def set_keeper(self, pid: int) -> None:
+        """Note that another keeper has come."""
+        self._keeper_pid = pid
+        self._json = b""
+
+    def shell(self) -> Json:
+        """Return what the shell said of itself; empty when there is none."""
+        return self._shell
+
     def parts(self) -> set[int]:
         """Return the processes that are the server's own."""
-        return {os.getpid(), int(self._shell.get("pid") or 0)}
+        return {os.getpid(), self._keeper_pid, int(self._shell.get("pid") or 0)}
 
     def uptime(self) -> float:
         """Return the seconds since the server was started, across deaths of its parts."""
@@ -46,7 +55,7 @@ class Facts:
                 "pub_endpoint": str(self._shell.get("pub_endpoint", "")), "max_agents": str(config.max_agents),
                 "version": __version__, "hostname": socket.gethostname(), "pid": str(self._keeper_pid),
                 "shell_pid": str(self._shell.get("pid", "")), "core_pid": str(os.getpid()),
-                "generation": str(self._generation), "state_dir": config.state_dir,
+                "generation": str(self.generation), "state_dir": config.state_dir,
                 "status_update_interval_secs": f"{config.status_update_interval_secs:g}"}
 
     def metadata_json(self) -> bytes:

@@ -17,6 +17,7 @@ from typing import Callable, Iterable
 
 from . import process, tree
 from .agent import Agent
+from .takeover import Keeper
 from .tree import Proc
 
 PASSES = 10      # looks at a tree that is being stopped
@@ -26,12 +27,13 @@ STOPPED = "TtZX"  # states in /proc/PID/stat of what stands still or is dead
 class Family:
     """See the module. `leaders` are pids that were started and not yet reaped, with their agent."""
 
-    def __init__(self, subreaper: bool, keeper: int, parts: Callable[[], set[int]]) -> None:
+    def __init__(self, subreaper: bool, keeper: Keeper, parts: Callable[[], set[int]]) -> None:
         self.leaders: dict[int, Agent] = {}
         self._sessions: dict[int, Agent] = {}  # the leaders, and those reaped whose tree is not gone yet
         self._known: set[str] = set()          # ids of all these
         self.sees = bool(tree.look(os.getpid()))  # is there a /proc?
         self._subreaper, self._keeper, self._parts = subreaper, keeper, parts
+        self.init_adopts = False         # a keeper died: what it would have adopted goes to init
         self._adopted: set[str] = set()  # ids of agents whose orphans go to the keeper
         self._owners: dict[tuple[int, int], str] = {}
         self._table: dict[int, Proc] = {}
@@ -63,7 +65,7 @@ class Family:
         keeper; init where nobody is a subreaper."""
         parents = {os.getpid()}
         if self._adopted:
-            parents.add(self._keeper)
+            parents |= {self._keeper.pid, 1} if self.init_adopts else {self._keeper.pid}
         return parents if self._subreaper else parents | {1}
 
     # ------------------------------------------------------------ looking

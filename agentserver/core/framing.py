@@ -19,6 +19,7 @@ from __future__ import annotations
 import struct
 
 PREFACE = b"AGENTSERVER/1 FRAMES\n"
+KEEPER = b"AGENTSERVER/1 KEEPER\n"  # a new keeper, in place of one that died: the connection becomes its channel
 MAX_HEADER = 64 * 1024
 #: what a decoder yields in place of a message that was over the limit and was skipped
 TOO_LARGE = None

@@ -25,7 +25,9 @@ from ..config import ServerConfig
 from ..errors import AgentServerError, StartError
 from . import process, tree
 from .channel import Channel, Json
+from .framing import KEEPER
 from .held import Held
+from .link import dial
 from .lock import held, held_by_another
 from .log import Log, redirect
 
@@ -45,6 +47,8 @@ class Part:
         self.channel: Channel | None = None
         self.ready: Json = {}
         self.failed = ""        # the sentence with which it gave up
+        self.done = False       # it said that it is through
+        self.ours = True        # our child; else adopted, and only its channel tells of its end
         self.began = 0.0        # monotonic
         self.again_at = 0.0     # when to start it (again)
         self._pause = 0.0
@@ -60,7 +64,16 @@ class Part:
             theirs.close()
             os.close(log)
         self.channel, self.ready, self.failed, self.began = Channel(ours), {}, "", time.monotonic()
+        self.ours = True
         self.channel.send(word)
+
+    def adopt(self, sock: socket.socket) -> Json:
+        """Take over a core whose keeper died, through its own socket; return what it says of the server."""
+        self.channel = Channel(sock)
+        word = self.channel.next()
+        self.pid, self.ours, self.began = int(word["ready"]["pid"]), False, time.monotonic()
+        self.hear(word)
+        return word
 
     def dead(self) -> None:
         """It has ended: note when it may be started again."""
@@ -77,6 +90,7 @@ class Part:
         """Note what it said of itself."""
         self.ready = word.get("ready", self.ready)
         self.failed = word.get("failed", self.failed)
+        self.done = word.get("done", self.done)
 
     def stop(self) -> None:
         """Ask it to leave."""
@@ -90,7 +104,7 @@ class Keeper:
     def __init__(self, config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None],
                  say: Callable[[str], None]) -> None:
         self._config, self._on_ready, self._say = config, on_ready, say
-        self._started_at = time.time()
+        self._started_at, self._generation = time.time(), 1
         self._nofile = process.raise_descriptor_limit()[0]
         self._held = Held()
         self._core = Part("core", config)
@@ -116,8 +130,10 @@ class Keeper:
     def run(self) -> int:
         """Serve until the core is done; return the exit code. Raise `StartError` if the server cannot start at all."""
         try:
+            self._adopt()
             for part in self._parts:
-                self._start(part)
+                if not part.pid:
+                    self._start(part)
             while True:
                 self._wait()
                 code = self._reap()
@@ -133,10 +149,26 @@ class Keeper:
 
     # ------------------------------------------------------------ starting
 
+    def _adopt(self) -> None:
+        """If a core is there that lost its keeper, be its keeper. It gives us copies of all it holds."""
+        state_dir = self._config.state_dir
+        if not held_by_another(os.path.join(state_dir, "core.lock")):
+            return
+        try:
+            sock = dial(os.path.join(state_dir, "core.sock"))
+            sock.sendall(KEEPER)
+            word = self._core.adopt(sock)
+        except (AgentServerError, OSError, EOFError):
+            raise StartError(f"{state_dir} is held by a core that does not answer; see core.log there") from None
+        self._started_at, self._generation = float(word["started_at"]), int(word["generation"])
+        if self._shell is not None:
+            self._shell.ready = {k: v for k, v in word["shell"].items() if k.endswith("endpoint")}
+
     def _start(self, part: Part) -> None:
-        part.start({"config": self._config.to_json(), "started_at": self._started_at, "generation": 1,
+        endpoints = {k: v for k, v in part.ready.items() if k.endswith("endpoint")}
+        part.start({"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
                     "keeper_pid": os.getpid(), "nofile": self._nofile, "again": self._was_ready,
-                    **{k: v for k, v in part.ready.items() if k.endswith("endpoint")}})
+                    **endpoints})
         if part is self._core:
             assert part.channel is not None
             self._held.hand_over(part.channel)
@@ -151,7 +183,7 @@ class Keeper:
 
     def _announce(self) -> None:
         """Say once where the server listens."""
-        if self._was_ready or not all(part.ready for part in self._parts):
+        if self._was_ready or not all(part.pid and part.ready for part in self._parts):
             return
         self._was_ready = True
         self._on_ready(self._where())
@@ -210,6 +242,11 @@ class Keeper:
 
     def _reap(self) -> int | None:
         """Collect who ended, adopted strangers too; return the exit code when the server is done."""
+        core = self._core
+        if core.pid and not core.ours and core.channel is None:
+            code = self._part_ended(core, 0 if core.done else 1)
+            if code is not None:
+                return code
         for pid, ended, seen in process.collect(tree.look):
             part = next((part for part in self._parts if part.pid == pid), None)
             if part is None:
@@ -217,17 +254,22 @@ class Keeper:
                 continue
             while part.channel is not None:  # to the end: see _listen_to
                 self._listen_to(part)
-            part.dead()
-            code = ended.code if ended.code is not None else -(ended.signal or 0)
-            if part is self._core and (code == 0 or self._last_core):
-                return int(code != 0)
-            self._last_core = part is self._core and self._stopping > 0
-            self._died(part, code)
+            done = self._part_ended(part, ended.code if ended.code is not None else -(ended.signal or 0))
+            if done is not None:
+                return done
+        return None
+
+    def _part_ended(self, part: Part, code: int) -> int | None:
+        part.dead()
+        if part is self._core and (code == 0 or self._last_core):
+            return int(code != 0)
+        self._last_core = part is self._core and self._stopping > 0
+        self._died(part, code)
         return None
 
     def _died(self, part: Part, code: int) -> None:
         why = part.failed or f"the {part.name} ended with {code}; see {part.name}.log"
-        if not self._was_ready:
+        if not self._was_ready and part.ours:
             raise StartError(why)
         if not (self._stopping and part is not self._core):
             self._say(f"{why}; starting it again")
@@ -287,9 +329,6 @@ def _has_zmq() -> bool:
 def _keep(config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None], say: Callable[[str], None]) -> int:
     make_state_dir(config.state_dir)
     with held(os.path.join(config.state_dir, "keeper.lock")):
-        if held_by_another(os.path.join(config.state_dir, "core.lock")):
-            raise StartError(f"{config.state_dir} is still served by a core whose keeper died; end it with: "
-                             f"agentserver --server unix:{config.state_dir} shutdown")
         _check_descriptors(config.max_agents)
         tree.become_subreaper()
         return Keeper(config, with_shell, on_ready, say).run()

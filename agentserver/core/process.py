@@ -85,9 +85,9 @@ class Pipes(NamedTuple):
     ours: tuple[int, int, int]
     theirs: dict[int, int]
 
-    def close(self, ours: bool = True) -> None:
-        """Close the child's ends, and ours too if it was not started."""
-        _close([*self.theirs.values(), *(fd for fd in self.ours if ours and fd >= 0)])
+    def close(self) -> None:
+        """Close our ends, of a child that was not started."""
+        _close(fd for fd in self.ours if fd >= 0)
 
 
 def pipes(stdin: bool) -> Pipes:
@@ -110,7 +110,7 @@ def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, pipes: 
     except OSError as e:
         raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
     finally:
-        pipes.close(ours=False)
+        _close(pipes.theirs.values())
     return Child(pid, *pipes.ours)
 
 

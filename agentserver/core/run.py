@@ -17,7 +17,7 @@ from .counters import Counters
 from .feed import Feed
 from .output import OutputLog
 from .process import Child, Ended
-from .reactor import READ, Reactor, Timer
+from .reactor import READ, Reactor, Timer, Watch
 from .stdin import Stdin
 
 PIPE_BYTES, WIDE_BYTES = 64 * 1024, 256 * 1024  # what a pipe holds, and what one that was full is made to hold
@@ -44,7 +44,7 @@ class Run:
     """See the module."""
 
     __slots__ = ("_agent_id", "_desk", "_fds", "_shown", "_watches", "_wide",
-                 "ended", "inodes", "leaked", "ladder", "limit", "output", "stdin", "trouble")
+                 "ended", "inodes", "leaked", "ladder", "limit", "output", "pidfd", "stdin", "trouble")
 
     def __init__(self, agent_id: str, child: Child, output: OutputLog, stdin: Stdin, desk: Desk) -> None:
         self._agent_id, self._desk, self.output, self.stdin = agent_id, desk, output, stdin
@@ -58,6 +58,7 @@ class Run:
         self.limit: Timer | None = None      # when limits.runtime_secs is reached
         self.ended: Ended | None = None      # set when the leader was reaped
         self.leaked: dict[int, str] = {}     # pid -> command of what had to be killed
+        self.pidfd: Watch | None = None      # where nobody of ours is the leader's parent
         self.trouble = ""
 
     # ------------------------------------------------------------ output
@@ -122,6 +123,10 @@ class Run:
         end = self.output.span(name)[1]
         return self._shown[name] if end - 4 < self._shown[name] <= end else end
 
+    def descriptors(self) -> dict[str, int]:
+        """Return what a keeper has to hold for the next core."""
+        return {**self._fds, **self.stdin.descriptors()}
+
     def is_open(self, name: str) -> bool:
         """Whether more output of this stream may come."""
         return name in self._fds
@@ -139,6 +144,9 @@ class Run:
         for name in list(self._fds):
             self._end_of(name)
         self.stdin.abandon()
+        if self.pidfd is not None and self.pidfd.active:
+            self._desk.reactor.unwatch(self.pidfd)
+            os.close(self.pidfd.fd)
         for timer in (self.ladder, self.limit):
             if timer is not None:
                 timer.cancel()

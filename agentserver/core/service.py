@@ -54,9 +54,9 @@ class Service:
         self._config = self._named(config)
         feed = Feed(self.registry)
         self.facts = Facts(self._config, started)
-        self._channel, self._keeper = channel, Keeper(channel)
+        self._keeper = Keeper(channel, started["keeper_pid"])
         self._last_words = LastWords("ends.jsonl")
-        family = Family(tree.become_subreaper(), started["keeper_pid"], self.facts.parts)
+        family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
         self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
                                      started["nofile"], family, self._last_words, self._keeper, say)
         self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, config.message_bytes, say)
@@ -94,12 +94,12 @@ class Service:
         for number in (signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         self._listen()
-        self._channel_watch = self.reactor.watch(self._channel.fileno(), READ, self._on_channel)
+        self._channel_watch = self.reactor.watch(self._keeper.channel.fileno(), READ, self._on_channel)
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
         self.reactor.after(TRIM_SECS, self._trim)
         self.supervisor.ending.reap()
-        self._channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
-        self._hear(self._channel.pending())
+        self._keeper.channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
+        self._hear(self._keeper.channel.pending())
 
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
@@ -127,6 +127,7 @@ class Service:
             self._listener.close()
             if os.path.exists("core.sock") and os.stat("core.sock").st_ino == self._inode:
                 os.unlink("core.sock")
+        self._keeper.channel.send({"done": True})
         self.registry.close()
         self.counters.close()
         self._last_words.close()
@@ -134,21 +135,41 @@ class Service:
 
     def _on_channel(self, mask: int) -> None:
         if mask & WRITE:
-            self._channel.flush()
+            self._keeper.channel.flush()
         if mask & READ:
-            self._hear(self._channel.receive())
+            self._hear(self._keeper.channel.receive())
 
     def _hear(self, words: Sequence[Json | None]) -> None:
         for word in words:
             if word is None:  # the keeper died; agents and clients need not notice
                 self.reactor.unwatch(self._channel_watch)
                 self._say("the keeper is gone; going on without")
+                self.supervisor.keeper_lost()
             elif "ended" in word:
                 pid, start, *rest = word["ended"]
                 self.supervisor.ending.departed(pid, start, process.Ended(*rest))
                 self._known.append(pid)
             elif word.get("stop"):
                 self._stop()
+
+    def keeper_came(self, sock: socket.socket) -> None:
+        """A new keeper takes the place of one that died: it gets copies of all we hold."""
+        if self._channel_watch.active:  # the old one lives; there can be only one
+            sock.close()
+            return
+        sock.setblocking(True)
+        channel = Channel(sock)
+        self._keeper.channel, self._keeper.pid = channel, peer_pid(sock)
+        self.facts.set_keeper(self._keeper.pid)
+        self._channel_watch = self.reactor.watch(channel.fileno(), READ, self._on_channel)
+        channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id},
+                      "shell": self.facts.shell(), "started_at": self.facts.started_at,
+                      "generation": self.facts.generation})
+        self.supervisor.hold_all()
+        self._say("a new keeper has come")
+        shell = self.facts.shell().get("pid")
+        if shell:  # its connection to us is open, so the pid is still its own; the keeper starts one of its own
+            process.send(int(shell), signal.SIGTERM)
 
     def _stop(self) -> None:
         """End gracefully; asked a second time, hurry."""
@@ -171,7 +192,7 @@ class Service:
                 while self._known:
                     self._keeper.known(self._known.pop())
         self._feed.flush()
-        self.reactor.change(self._channel_watch, READ | (WRITE if self._channel.unsent else 0))
+        self.reactor.change(self._channel_watch, READ | (WRITE if self._keeper.channel.unsent else 0))
         if self._dirty:
             dirty, self._dirty = self._dirty, {}
             for connection in dirty:
@@ -230,6 +251,13 @@ class Service:
         return {"started_at": rfc3339(self.facts.started_at), "uptime_secs": self.facts.uptime(),
                 **{name: self.counters.get(name) for name in NAMES},
                 "active_agents": self.supervisor.active, "agents_by_status": by_status, **self.facts.usage()}
+
+
+def peer_pid(sock: socket.socket) -> int:
+    """Return the pid of who connected, 0 where the system does not tell."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return 0
+    return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
 
 def peer_of(sock: socket.socket) -> tuple[int, str]:

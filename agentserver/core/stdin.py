@@ -18,7 +18,10 @@ has grown and everything is written, the next write begins a new one.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import sys
+import termios
 from typing import Callable, Protocol
 
 from ..errors import RequestError
@@ -26,6 +29,7 @@ from .agent import Agent
 from .reactor import WRITE, Reactor, Watch
 
 PIECE = 256 * 1024
+F_GETPIPE_SZ, PIPE_BYTES = 1032, 64 * 1024  # fcntl has the first from Python 3.10 on
 ROTATE_BYTES = 4 * 1024 * 1024  # of a file that was written out, before the next write begins a new one
 
 
@@ -81,8 +85,12 @@ class Stdin:
         """How many accepted bytes the pipe has not taken yet."""
         return self._agent.stdin_end - os.lseek(self._file, 0, os.SEEK_CUR) if self._file >= 0 else 0
 
+    def descriptors(self) -> dict[str, int]:
+        """Return what a keeper has to hold for the next core."""
+        return {"stdin": self._pipe, f"stdin.{self._agent.stdin_file}": self._file}
+
     def write(self, data: bytes) -> int:
-        """Accept all of `data` or nothing; return how much waited already for the agent to read."""
+        """Accept all of `data` or nothing; return how much then waits because the pipe is full."""
         if not self.open:
             raise RequestError("the agent's stdin is closed", "stdin_closed")
         waiting, limit = self._waiting, self._desk.stdin_limit
@@ -93,7 +101,17 @@ class Stdin:
         if data:
             self._append(data, waiting)
             self._pump_later()
-        return waiting
+        return max(0, self._waiting - self._room())
+
+    def _room(self) -> int:
+        """How many bytes the pipe takes before the agent reads."""
+        try:
+            holds = fcntl.fcntl(self._pipe, F_GETPIPE_SZ)
+        except OSError:  # macOS
+            holds = PIPE_BYTES
+        full = bytearray(4)
+        fcntl.ioctl(self._pipe, termios.FIONREAD, full)
+        return max(0, holds - int.from_bytes(full, sys.byteorder))
 
     def _append(self, data: bytes, waiting: int) -> None:
         agent = self._agent

@@ -16,7 +16,7 @@ from ..config import ServerConfig
 from ..errors import RequestError
 from ..messages import AgentConfig
 from ..wire import Json, new_id, read, rfc3339, to_wire
-from . import backends, lifecycle, process, tree
+from . import backends, lifecycle, pidfd, process, tree
 from .agent import Agent, new_record
 from .counters import Counters
 from .ending import Ending, exit_record
@@ -24,12 +24,13 @@ from .family import Family
 from .feed import Feed
 from .lastwords import LastWords
 from .output import OutputLog
-from .reactor import Reactor
+from .reactor import READ, Reactor
 from .registry import Registry
 from .run import Run
 from .stdin import Stdin
 from .takeover import NAMES, Inheritance, Keeper, TakeOver
 
+STRANGER_TRIES = 50
 UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
 KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
 
@@ -385,6 +386,7 @@ class Supervisor:
             agent.started_at = agent.started_at or time.time()
             agent.began = agent.began or self.reactor.clock()
             self._attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
+            self._watch_stranger(agent)
             if fresh:
                 self._started(agent)
             if agent.ending is not None and "rung" in agent.ending:
@@ -394,6 +396,42 @@ class Supervisor:
                 self.reactor.after(0, lambda: self.ending.departed(found.pid, 0, ended))
             elif not found.seen:
                 self.reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
+
+    def _watch_stranger(self, agent: Agent) -> None:
+        """Watch a leader by pidfd when neither we nor the keeper are its parent, so that nobody tells us of its end."""
+        run, proc = agent.run, tree.look(agent.pid or 0)
+        if run is None or run.pidfd is not None or run.ended is not None or agent.pid is None:
+            return
+        if proc is None or proc.start != agent.start or proc.parent in (self._keeper.pid, os.getpid()):
+            return
+        self.family.init_adopts = True
+        fd = pidfd.open_pidfd(agent.pid)
+        if fd >= 0:
+            run.pidfd = self.reactor.watch(fd, READ, lambda _mask: self._stranger_ended(agent, run, fd, 0))
+
+    def _stranger_ended(self, agent: Agent, run: Run, fd: int, tries: int) -> None:
+        """It has ended; how, the kernel tells once its parent has reaped it, if it tells at all."""
+        if run.pidfd is None or agent.run is not run or agent.pid is None:
+            return
+        self.reactor.change(run.pidfd, 0)
+        ended = pidfd.how_it_ended(fd)
+        if ended is None and tries < STRANGER_TRIES:
+            self.reactor.after(UNSEEN_SECS / STRANGER_TRIES,
+                               lambda: self._stranger_ended(agent, run, fd, tries + 1))
+            return
+        self.ending.departed(agent.pid, agent.start or 0, ended or process.Ended(None, None, None, None))
+
+    def keeper_lost(self) -> None:
+        """The keeper has died: of what it had adopted, init is the parent now."""
+        for agent in self.live:
+            if agent.adopted:
+                self._watch_stranger(agent)
+
+    def hold_all(self) -> None:
+        """Give a new keeper copies of everything."""
+        for agent in self.agents.values():
+            if agent.run is not None:
+                self._keeper.hold(agent.id, agent.run.descriptors())
 
     def _begin_again(self, agent: Agent) -> None:
         try:

@@ -40,15 +40,16 @@ class Found(NamedTuple):
 
 
 class Keeper:
-    """The keeper as the core talks to it."""
+    """The keeper as the core talks to it. When it dies, `channel` goes on taking words that nobody hears, until a
+    new keeper brings another."""
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    def __init__(self, channel: Channel, pid: int) -> None:
+        self.channel, self.pid = channel, pid
 
     def inherit(self) -> Inheritance:
         """Wait for everything that a core before us has left; the keeper says `go` at its end."""
         left = Inheritance({}, {})
-        while "go" not in (word := self._channel.next()):
+        while "go" not in (word := self.channel.next()):
             if "held" in word:
                 left.fds[word["held"]] = dict(zip(word["names"], word["fds"]))
             elif "ended" in word:
@@ -59,20 +60,20 @@ class Keeper:
     def hold(self, agent_id: str, fds: Mapping[str, int]) -> None:
         """Give the keeper copies of an agent's descriptors (-1: none)."""
         there = {name: fd for name, fd in fds.items() if fd >= 0}
-        self._channel.send({"hold": agent_id, "names": list(there)}, list(there.values()))
+        self.channel.send({"hold": agent_id, "names": list(there)}, list(there.values()))
 
     @property
     def has_everything(self) -> bool:
         """Whether what we gave is out of our hands: what is in the socket outlives us."""
-        return not self._channel.unsent
+        return not self.channel.unsent
 
     def release(self, agent_id: str, names: list[str]) -> None:
         """Let the keeper close its copies; all of them without names."""
-        self._channel.send({"release": agent_id, "names": names})
+        self.channel.send({"release": agent_id, "names": names})
 
     def known(self, pid: int) -> None:
         """An end that the keeper told of is on disk."""
-        self._channel.send({"known": pid})
+        self.channel.send({"known": pid})
 
 
 class TakeOver:

@@ -13,7 +13,7 @@ import sys
 from typing import Optional, Sequence
 
 from ..core.channel import Channel, Json
-from ..core.lock import held
+from ..core.lock import await_free, held
 from ..errors import AgentServerError
 from .server import Front
 
@@ -42,9 +42,14 @@ class Kept:
         for word in words:
             if word is None:
                 self._orphan = True
+                signal.signal(signal.SIGTERM, lambda *_: self._leave())  # a new keeper starts a shell of its own
                 self.wake_fd = self._never.fileno()
             else:
                 self._stopped = self._stopped or bool(word.get("stop"))
+
+    def _leave(self) -> None:
+        self._stopped = True
+        self._kept.send(b"x")  # wakes the loop
 
     def close(self) -> None:
         """Let go of what was watched."""
@@ -80,7 +85,10 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
     from ..config import ServerConfig
     config = ServerConfig.from_json(hello["config"])
     again = "endpoint" in hello
-    with held(os.path.join(config.state_dir, "shell.lock")):
+    lock = os.path.join(config.state_dir, "shell.lock")
+    if again:
+        await_free(lock, _REBIND_SECS)
+    with held(lock):
         front = Front(config, config.state_dir)
         try:
             endpoint, pub_endpoint = front.open(
