@@ -185,9 +185,15 @@ class ShutdownRequest:
     grace_secs: Optional[float] = wire(seconds(86400.0), None)
 
 
+@dataclass(frozen=True)
+class ReloadRequest:
+    type: ClassVar[str] = "reload_request"
+    reply: ClassVar[str] = "reload_response"
+
+
 REQUESTS: Dict[str, Any] = {cls.type: cls for cls in (
     HealthCheckRequest, SpawnRequest, ListAgentsRequest, ControlCommand, CustomActionRequest,
-    BatchControlCommand, StatsRequest, EventsRequest, SubscribeRequest, ShutdownRequest)}
+    BatchControlCommand, StatsRequest, EventsRequest, SubscribeRequest, ShutdownRequest, ReloadRequest)}
 
 
 def read_request_id(obj: Json) -> str:

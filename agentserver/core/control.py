@@ -42,10 +42,10 @@ class Control:
     """See the module. `stats` returns the counters and what our processes use."""
 
     def __init__(self, supervisor: Supervisor, facts: Facts, stats: Callable[[], Json],
-                 on_shutdown: Callable[[m.ShutdownRequest, Peer], None], limit: int,
+                 on_shutdown: Callable[[m.ShutdownRequest, Peer], None], on_reload: Callable[[], None], limit: int,
                  say: Callable[[str], None]) -> None:
         self._supervisor, self._facts, self._stats = supervisor, facts, stats
-        self._on_shutdown, self._limit, self._say = on_shutdown, limit, say
+        self._on_shutdown, self._on_reload, self._limit, self._say = on_shutdown, on_reload, limit, say
         self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
         self._commands = Commands(supervisor, facts)
         self._handlers: dict[str, Callable[[Any, Json, Peer], Json | Done]] = {
@@ -53,7 +53,8 @@ class Control:
             "spawn_request": self._spawn, "list_agents_request": self._list,
             "control_command": self._command, "custom_action_request": self._custom_action,
             "batch_control_command": self._batch, "events_request": self._events,
-            "subscribe_request": self._subscribe, "shutdown_request": self._shutdown}
+            "subscribe_request": self._subscribe, "shutdown_request": self._shutdown,
+            "reload_request": self._reload}
 
     # ------------------------------------------------------------ the door
 
@@ -227,12 +228,17 @@ class Control:
         return {"mode": request.mode, "active_agents": self._supervisor.active, "state": self._supervisor.state}
 
 
+    def _reload(self, request: m.ReloadRequest, obj: Json, peer: Peer) -> Json:
+        self._on_reload()
+        return {"generation": self._facts.generation}
+
+
 # ---------------------------------------------------------------- pieces of replies
 
 def _has_effect(request: Any) -> bool:
     if isinstance(request, (m.ControlCommand, m.BatchControlCommand)):
         return request.command_type in EFFECTS
-    return isinstance(request, (m.SpawnRequest, m.ShutdownRequest))
+    return isinstance(request, (m.SpawnRequest, m.ShutdownRequest, m.ReloadRequest))
 
 
 def _readable_id(obj: Json) -> str | None:

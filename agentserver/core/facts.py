@@ -24,6 +24,12 @@ class Facts:
         self._keeper_pid, self.generation = int(started["keeper_pid"]), int(started["generation"])
         self._shell: Json = {}
         self._json = b""
+        self._reload_failed = ""
+
+    def set_reload_failed(self, why: str) -> None:
+        """Note why the last reload failed, "" if it did not."""
+        self._reload_failed = why
+        self._json = b""
 
     def set_shell(self, shell: Json) -> None:
         """Note where the shell listens; empty when there is none."""
@@ -55,7 +61,8 @@ class Facts:
                 "pub_endpoint": str(self._shell.get("pub_endpoint", "")), "max_agents": str(config.max_agents),
                 "version": __version__, "hostname": socket.gethostname(), "pid": str(self._keeper_pid),
                 "shell_pid": str(self._shell.get("pid", "")), "core_pid": str(os.getpid()),
-                "generation": str(self.generation), "state_dir": config.state_dir,
+                "generation": str(self.generation),
+                "reload_failed": self._reload_failed, "state_dir": config.state_dir,
                 "status_update_interval_secs": f"{config.status_update_interval_secs:g}"}
 
     def metadata_json(self) -> bytes:

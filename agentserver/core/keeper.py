@@ -48,6 +48,7 @@ class Part:
         self.ready: Json = {}
         self.failed = ""        # the sentence with which it gave up
         self.done = False       # it said that it is through
+        self.yielded = False    # it waits for its successor to serve, or to fail
         self.ours = True        # our child; else adopted, and only its channel tells of its end
         self.began = 0.0        # monotonic
         self.again_at = 0.0     # when to start it (again)
@@ -109,6 +110,8 @@ class Keeper:
         self._held = Held()
         self._core = Part("core", config)
         self._shell = Part("shell", config) if with_shell else None
+        self._next: Part | None = None     # a successor of the core, while a reload is under way
+        self._before: Part | None = None   # the core that a successor has replaced, until it has left
         self._was_ready = False
         self._stopping = 0.0    # monotonic time by which the core has to be gone
         self._last_core = False  # while we stop, one more core is started to end what a dead one left
@@ -117,15 +120,18 @@ class Keeper:
         wake_out.setblocking(False)
         self._wake_out = wake_out
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked what we wait for
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
             signal.siginterrupt(number, False)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.set_wakeup_fd(wake_out.fileno(), warn_on_full_buffer=False)
 
     @property
     def _parts(self) -> list[Part]:
         return [self._core] if self._shell is None else [self._core, self._shell]
+
+    @property
+    def _everyone(self) -> list[Part]:
+        return [*self._parts, *(part for part in (self._next, self._before) if part is not None)]
 
     def run(self) -> int:
         """Serve until the core is done; return the exit code. Raise `StartError` if the server cannot start at all."""
@@ -164,11 +170,12 @@ class Keeper:
         if self._shell is not None:
             self._shell.ready = {k: v for k, v in word["shell"].items() if k.endswith("endpoint")}
 
+    def _hello(self, **more: object) -> Json:
+        return {"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
+                "keeper_pid": os.getpid(), "nofile": self._nofile, **more}
+
     def _start(self, part: Part) -> None:
-        endpoints = {k: v for k, v in part.ready.items() if k.endswith("endpoint")}
-        part.start({"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
-                    "keeper_pid": os.getpid(), "nofile": self._nofile, "again": self._was_ready,
-                    **endpoints})
+        part.start(self._hello(**{k: v for k, v in part.ready.items() if k.endswith("endpoint")}))
         if part is self._core:
             assert part.channel is not None
             self._held.hand_over(part.channel)
@@ -178,7 +185,8 @@ class Keeper:
 
     def _again(self) -> None:
         for part in self._parts:
-            if not part.pid and time.monotonic() >= part.again_at:
+            succeeded = part is self._core and self._next is not None
+            if not part.pid and not succeeded and time.monotonic() >= part.again_at:
                 self._start(part)
 
     def _announce(self) -> None:
@@ -204,7 +212,7 @@ class Keeper:
         due = [part.again_at for part in self._parts if not part.pid] + ([self._stopping] if self._stopping else [])
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        channels = {part.channel.fileno(): part for part in self._parts if part.channel is not None}
+        channels = {part.channel.fileno(): part for part in self._everyone if part.channel is not None}
         for fd, part in channels.items():
             assert part.channel is not None
             poll.register(fd, select.POLLIN | (select.POLLOUT if part.channel.unsent else 0))
@@ -230,6 +238,44 @@ class Keeper:
                 return
             part.hear(word)
             self._held.hear(word)
+            self._succeed(part, word)
+
+    # ------------------------------------------------------------ reload
+
+    def _reload(self) -> None:
+        """Start a successor beside the core. Until it serves, the core before it stays ready to go on."""
+        if self._next is None and self._before is None and not self._stopping and self._core.ready:
+            self._next = Part("core", self._config)
+            self._next.start(self._hello(standby=True, generation=self._generation + 1))
+
+    def _succeed(self, part: Part, word: Json) -> None:
+        """One step of a reload: stand by, yield, hand over, serve, leave."""
+        core, following = self._core, self._next
+        if word.get("reload"):
+            self._reload()
+        elif "standby" in word and part is following and core.channel is not None:
+            core.channel.send({"yield": True})
+        elif "yielded" in word and part is core and following is not None and following.channel is not None:
+            core.yielded = True
+            self._held.hand_over(following.channel)
+        elif "ready" in word and part is following:
+            self._core, self._next, self._before = following, None, core if core.pid else None
+            self._generation += 1
+            if core.channel is not None:
+                core.channel.send({"leave": True})
+            if self._shell is not None:
+                self._shell.stop()  # it is started again with the new code, on the same endpoints
+
+    def _not_succeeded(self, why: str) -> None:
+        """The successor did not come up: the core goes on, and says why."""
+        core, self._next = self._core, None
+        self._say(f"the reload failed, the server goes on as before: {why}")
+        if core.channel is not None:
+            if core.yielded:
+                core.yielded = False
+                core.channel.send({"resume": True})
+                self._held.hand_over(core.channel)
+            core.channel.send({"reload_failed": why})
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
@@ -237,6 +283,8 @@ class Keeper:
                 self._stopping = time.monotonic() + self._config.shutdown_timeout_secs + PART_STOP_SECS
                 self._core.again_at = 0.0
             self._core.stop()
+        elif signal.SIGHUP in numbers:
+            self._reload()
 
     # ------------------------------------------------------------ ends
 
@@ -248,9 +296,9 @@ class Keeper:
             if code is not None:
                 return code
         for pid, ended, seen in process.collect(tree.look):
-            part = next((part for part in self._parts if part.pid == pid), None)
+            part = next((part for part in self._everyone if part.pid == pid), None)
             if part is None:
-                self._held.ended(pid, ended, seen.start if seen else 0, self._core.channel)
+                self._held.ended(pid, ended, seen.start if seen else 0, self._serving())
                 continue
             while part.channel is not None:  # to the end: see _listen_to
                 self._listen_to(part)
@@ -259,8 +307,26 @@ class Keeper:
                 return done
         return None
 
+    def _serving(self) -> Channel | None:
+        """Return the channel of the core that is to hear of ends."""
+        return self._next.channel if self._next is not None and self._core.yielded else self._core.channel
+
     def _part_ended(self, part: Part, code: int) -> int | None:
+        ready = part.ready
         part.dead()
+        if part is self._before:
+            self._before = None
+            return None
+        if part is self._next:
+            self._not_succeeded(part.failed or f"the new core ended with {code}; see core.log")
+            return None
+        if part is self._core and self._next is not None and self._next.channel is not None:
+            if not part.yielded:  # the successor is there already, so that it takes over now
+                part.yielded = True
+                self._held.hand_over(self._next.channel)
+            return None
+        if part is self._shell and code == 0 and ready and not self._stopping:
+            return None
         if part is self._core and (code == 0 or self._last_core):
             return int(code != 0)
         self._last_core = part is self._core and self._stopping > 0
@@ -286,11 +352,11 @@ class Keeper:
             except BlockingIOError:
                 pass
             for pid, _ended, _seen in process.collect(tree.look):
-                for part in self._parts:
+                for part in self._everyone:
                     if part.pid == pid:
                         part.dead()
-        for part in self._parts:
-            if part.pid:
+        for part in self._everyone:
+            if part.pid and part.ours:
                 process.send(part.pid, signal.SIGKILL)
 
 

@@ -16,6 +16,7 @@ import sqlite3
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
+from ..errors import StartError
 from ..wire import Json, encode_text
 from ..wire import decode as decode_json
 
@@ -239,6 +240,21 @@ class Registry:
         """Commit and let go of the file."""
         self.commit()
         self._db.close()
+
+
+def check_registry(path: str) -> None:
+    """Raise `StartError` if a core of this version could not go on with the registry of the one before it."""
+    if not os.path.exists(path):
+        return
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.Error as e:
+        raise StartError(f"the registry cannot be read: {e}") from None
+    finally:
+        db.close()
+    if version > SCHEMA_VERSION:
+        raise StartError(f"the registry was written by a newer version (schema {version}, ours {SCHEMA_VERSION})")
 
 
 def _key(request_id: str) -> str:

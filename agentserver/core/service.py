@@ -16,7 +16,7 @@ import struct
 from typing import Callable, Sequence
 
 from ..config import ServerConfig
-from ..errors import AgentServerError
+from ..errors import AgentServerError, RequestError
 from ..messages import ShutdownRequest
 from ..wire import Json, rfc3339
 from . import process, tree
@@ -31,11 +31,12 @@ from .lastwords import LastWords
 from .lock import held
 from .log import Log
 from .reactor import READ, WRITE, Reactor
-from .registry import Registry
+from .registry import Registry, check_registry
 from .supervisor import Supervisor
-from .takeover import Keeper
+from .takeover import Inheritance, Keeper, inherit
 
 CONNECTIONS_MOST = 1000
+YIELDED = 3     # exit code of a core that left its work to a successor
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time
 
 
@@ -59,7 +60,8 @@ class Service:
         family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
         self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
                                      started["nofile"], family, self._last_words, self._keeper, say)
-        self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, config.message_bytes, say)
+        self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, self._on_reload,
+                               config.message_bytes, say)
         self.handle = self.control.handle
         self._feed = feed
         self._connections: set[Connection] = set()
@@ -68,6 +70,7 @@ class Service:
         self.reactor.end_of_turn = self._end_of_turn
         self._listener: socket.socket | None = None
         self._inode = 0
+        self.yielded = False  # a successor is ready to take over
 
     def _named(self, config: ServerConfig) -> ServerConfig:
         """Give the server the id it had before, where none was configured."""
@@ -80,9 +83,8 @@ class Service:
 
     # ------------------------------------------------------------ beginning and end
 
-    def start(self) -> None:
-        """Take over what the registry knows and the keeper holds, then listen, then say that we are ready."""
-        left = self._keeper.inherit()
+    def start(self, left: Inheritance) -> None:
+        """Take over what the registry knows and the keeper held, then listen, then say that we are ready."""
         left.ends.update({pid: (0, ended) for pid, ended in self._last_words.before.items()})
         self.supervisor.load(left)
         self._known += left.ends
@@ -127,7 +129,10 @@ class Service:
             self._listener.close()
             if os.path.exists("core.sock") and os.stat("core.sock").st_ino == self._inode:
                 os.unlink("core.sock")
-        self._keeper.channel.send({"done": True})
+        if self.yielded:
+            self.supervisor.let_go()
+        else:
+            self._keeper.channel.send({"done": True})
         self.registry.close()
         self.counters.close()
         self._last_words.close()
@@ -151,6 +156,11 @@ class Service:
                 self._known.append(pid)
             elif word.get("stop"):
                 self._stop()
+            elif word.get("yield"):
+                self.yielded = True
+                self.reactor.stop()
+            elif "reload_failed" in word:
+                self.facts.set_reload_failed(word["reload_failed"])
 
     def keeper_came(self, sock: socket.socket) -> None:
         """A new keeper takes the place of one that died: it gets copies of all we hold."""
@@ -180,6 +190,13 @@ class Service:
 
     def _on_shutdown(self, request: ShutdownRequest, peer: Peer) -> None:
         self.supervisor.shutdown(request.mode, request.grace_secs, peer.name, self.reactor.stop)
+
+    def _on_reload(self) -> None:
+        if not self._channel_watch.active:
+            raise RequestError("the server's keeper is gone, and only it can reload; start one with: agentserver serve",
+                               "unavailable")
+        self.facts.set_reload_failed("")
+        self._keeper.channel.send({"reload": True})
 
     # ------------------------------------------------------------ the turn
 
@@ -269,19 +286,33 @@ def peer_of(sock: socket.socket) -> tuple[int, str]:
 
 
 def main(sock: socket.socket) -> int:
-    """Run the core for the keeper at the other end of `sock`."""
+    """Run the core for the keeper at the other end of `sock`.
+
+    As a successor it first only shows that it could serve, and waits until the core before it has let go."""
     channel = Channel(sock)
     started = channel.next()
     config = ServerConfig.from_json(started["config"])
     say = Log(os.path.join(config.state_dir, "core.log"), config.log_bytes)
     try:
         os.chdir(config.state_dir)
-        with held("core.lock"):
-            service = Service(started, channel, say)
-            service.start()
-            service.run()
+        if started.get("standby"):
+            check_registry("registry.db")
+            channel.send({"standby": True})
+        while True:
+            left = inherit(channel)
+            with held("core.lock"):
+                service = Service(started, channel, say)
+                service.start(left)
+                service.run()
+            if not service.yielded:
+                return 0
+            channel.send({"yielded": True})
+            if "leave" in channel.next():
+                return YIELDED
+            say("the new core did not come up; going on")
     except AgentServerError as e:
         return channel.fail(str(e))
+    except EOFError:
+        return channel.fail("the keeper is gone")
     except OSError as e:
         return channel.fail(f"the core could not go on in {config.state_dir}: {e}")
-    return 0

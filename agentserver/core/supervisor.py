@@ -421,6 +421,14 @@ class Supervisor:
             return
         self.ending.departed(agent.pid, agent.start or 0, ended or process.Ended(None, None, None, None))
 
+    def let_go(self) -> None:
+        """Close our ends of everything; a successor has copies of them."""
+        for agent in self.agents.values():
+            if agent.run is not None:
+                for fd in agent.run.descriptors().values():
+                    if fd >= 0:
+                        os.close(fd)
+
     def keeper_lost(self) -> None:
         """The keeper has died: of what it had adopted, init is the parent now."""
         for agent in self.live:

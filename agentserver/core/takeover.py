@@ -46,17 +46,6 @@ class Keeper:
     def __init__(self, channel: Channel, pid: int) -> None:
         self.channel, self.pid = channel, pid
 
-    def inherit(self) -> Inheritance:
-        """Wait for everything that a core before us has left; the keeper says `go` at its end."""
-        left = Inheritance({}, {})
-        while "go" not in (word := self.channel.next()):
-            if "held" in word:
-                left.fds[word["held"]] = dict(zip(word["names"], word["fds"]))
-            elif "ended" in word:
-                pid, start, *rest = word["ended"]
-                left.ends[pid] = (start, Ended(*rest))
-        return left
-
     def hold(self, agent_id: str, fds: Mapping[str, int]) -> None:
         """Give the keeper copies of an agent's descriptors (-1: none)."""
         there = {name: fd for name, fd in fds.items() if fd >= 0}
@@ -74,6 +63,18 @@ class Keeper:
     def known(self, pid: int) -> None:
         """An end that the keeper told of is on disk."""
         self.channel.send({"known": pid})
+
+
+def inherit(channel: Channel) -> Inheritance:
+    """Wait for everything that a core before us has left; the keeper says `go` at its end."""
+    left = Inheritance({}, {})
+    while "go" not in (word := channel.next()):
+        if "held" in word:
+            left.fds[word["held"]] = dict(zip(word["names"], word["fds"]))
+        elif "ended" in word:
+            pid, start, *rest = word["ended"]
+            left.ends[pid] = (start, Ended(*rest))
+    return left
 
 
 class TakeOver:
