@@ -49,6 +49,14 @@ def main() -> int:
     if part == "_keeper":
         from agentserver.core import keeper
         return keeper.main(_channel())
+    if part == "_renewed":
+        from agentserver.core import keeper
+        fd = int(sys.argv[2])
+        del sys.argv[1:3]  # what is left is what the first of us was started with
+        return keeper.renewed(fd)
+    if part == "_check":
+        from agentserver.core import keeper, service  # noqa: F401
+        return 0
     from agentserver import cli
     return cli.main()
 

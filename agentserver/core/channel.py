@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from array import array
 from collections import deque
 from typing import Any, Deque, Dict, Sequence
 
@@ -43,13 +44,17 @@ class Channel:
         self._queue.append((data, [os.dup(fd) for fd in fds]))
         self.flush()
 
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing is half sent or half received."""
+        return not (self._queue or self._buffer or self._fds)
+
     def flush(self) -> None:
         """Send what waits, as far as it goes. Descriptors travel with the first byte of their line."""
         while self._queue:
             data, fds = self._queue[0]
             try:
-                sent = (socket.send_fds(self._sock, [data], fds, socket.MSG_DONTWAIT) if fds
-                        else self._sock.send(data, socket.MSG_DONTWAIT))
+                sent = self._sock.sendmsg([data], rights(fds), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError:  # nobody is there; `receive` tells
@@ -126,3 +131,8 @@ class Channel:
                 os.close(fd)
         self._queue.clear()
         self._sock.close()
+
+
+def rights(fds: Sequence[int]) -> list[tuple[int, int, array[int]]]:
+    """Return what `sendmsg` needs to pass descriptors on; socket.send_fds would ignore the flag not to wait."""
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []

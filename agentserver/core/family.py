@@ -33,7 +33,7 @@ class Family:
         self._known: set[str] = set()          # ids of all these
         self.sees = bool(tree.look(os.getpid()))  # is there a /proc?
         self._subreaper, self._keeper, self._parts = subreaper, keeper, parts
-        self.init_adopts = False         # a keeper died: what it would have adopted goes to init
+        self._fosters: set[int] = set()  # who became the parent of a leader: init, where a keeper died
         self._adopted: set[str] = set()  # ids of agents whose orphans go to the keeper
         self._owners: dict[tuple[int, int], str] = {}
         self._table: dict[int, Proc] = {}
@@ -60,13 +60,19 @@ class Family:
         self._known.discard(agent.id)
         self._adopted.discard(agent.id)
 
-    def _parents(self) -> set[int]:
-        """Return to whom descendants come that lost their parent: us, and for what a core before us started the
-        keeper; init where nobody is a subreaper."""
-        parents = {os.getpid()}
+    def foster(self, pid: int) -> None:
+        """A process that is not the server's became the parent of a leader, and will be that of its orphans."""
+        self._fosters.add(pid)
+
+    def _reapers(self) -> tuple[set[int], set[int]]:
+        """Return to whom descendants come that lost their parent. First those all of whose children are ours: us, and
+        for what a core before us started the keeper. Then those who have strangers among their children: init, be it
+        the keeper itself in a container, or who else took a leader in."""
+        ours, others = {os.getpid()}, set() if self._subreaper else {1}
         if self._adopted:
-            parents |= {self._keeper.pid, 1} if self.init_adopts else {self._keeper.pid}
-        return parents if self._subreaper else parents | {1}
+            (others if self._keeper.pid <= 1 else ours).add(self._keeper.pid)
+            others |= self._fosters
+        return ours, others - {0}
 
     # ------------------------------------------------------------ looking
 
@@ -99,8 +105,12 @@ class Family:
         return found
 
     def _orphans(self, by_parent: dict[int, list[Proc]]) -> list[Proc]:
+        """Return who came back, and of the children of others only those that something tells to be an agent's."""
         parts = self._parts()
-        return [p for parent in self._parents() for p in by_parent.get(parent, ()) if p.pid not in parts]
+        ours, others = self._reapers()
+        found = [p for parent in ours for p in by_parent.get(parent, ()) if p.pid not in parts]
+        return found + [p for parent in others - ours for p in by_parent.get(parent, ())
+                        if p.pid not in parts and p.pid not in self.leaders and self._owner(p)]
 
     def _owner(self, proc: Proc) -> str:
         """Return whose an orphan is, or "" when nothing tells."""
@@ -127,7 +137,7 @@ class Family:
     def orphans(self) -> bool:
         """Whether we have a child that is nobody's leader. Without one an exit has left nothing behind: the kernel
         hands a dying process's children over before it sends SIGCHLD. This spares most exits a scan."""
-        if self._parents() != {os.getpid()}:
+        if self._adopted or not self._subreaper:
             return True
         pids = tree.own_children()
         return pids is None or not self.leaders.keys() >= set(pids)

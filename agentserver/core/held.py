@@ -1,6 +1,7 @@
 """What the keeper holds for the next core: copies of agents' descriptors, and ends that only it saw.
 
 Owns:    the copies, by agent and name, and the ends of processes that became the keeper's children.
+         Each copy is also given to the service manager's store, if there is one, and taken back from it at the start.
 Runs in: the keeper.
 Unaware: of what an agent is: an id is a word, a descriptor a number.
 
@@ -10,34 +11,70 @@ First start, a crash of the core and its upgrade are one path: the new core is h
 from __future__ import annotations
 
 import os
+from typing import Mapping
 
 from .channel import Channel, Json
+from .notify import Notify
 from .process import Ended
 
 ENDS_MOST = 10_000
 
 
 class Held:
-    """See the module."""
+    """See the module. `stored` is what the manager gave back, by `<agent id>.<name>`."""
 
-    def __init__(self) -> None:
+    def __init__(self, manager: Notify, stored: Mapping[str, int]) -> None:
+        self._manager = manager
         self._fds: dict[str, dict[str, int]] = {}
         self._ends: dict[int, list[object]] = {}
+        for both, fd in stored.items():
+            agent_id, dot, name = both.partition(".")
+            if dot:
+                self._fds.setdefault(agent_id, {})[name] = fd
+            else:  # nothing that we ever stored
+                os.close(fd)
+        self._tell()
+
+    def __len__(self) -> int:
+        """For how many agents something is held."""
+        return len(self._fds)
 
     def hear(self, word: Json) -> None:
         """Do what the core asks: hold, release, or forget an end."""
         if "hold" in word:
-            self._fds.setdefault(word["hold"], {}).update(zip(word["names"], word["fds"]))
+            for name, fd in zip(word["names"], word["fds"]):
+                self._hold(word["hold"], name, fd)
+            self._tell()
         elif "release" in word:
             held = self._fds.get(word["release"], {})
             for name in word["names"] or list(held):
-                fd = held.pop(name, -1)
-                if fd >= 0:
-                    os.close(fd)
+                self._release(word["release"], name)
             if not held:
                 self._fds.pop(word["release"], None)
+            self._tell()
         elif "known" in word:
             self._ends.pop(word["known"], None)
+
+    def drop(self) -> None:
+        """Let go of everything: a core that lives has all that is true, and gives it to us."""
+        for agent_id, held in self._fds.items():
+            for name in list(held):
+                self._release(agent_id, name)
+        self._fds.clear()
+
+    def _hold(self, agent_id: str, name: str, fd: int) -> None:
+        self._release(agent_id, name)  # of one name there is one
+        self._fds.setdefault(agent_id, {})[name] = fd
+        self._manager.store(f"{agent_id}.{name}", fd)
+
+    def _release(self, agent_id: str, name: str) -> None:
+        fd = self._fds.get(agent_id, {}).pop(name, -1)
+        if fd >= 0:
+            os.close(fd)
+            self._manager.remove(f"{agent_id}.{name}")
+
+    def _tell(self) -> None:
+        self._manager.status(f"{len(self._fds)} agents are held")
 
     def ended(self, pid: int, ended: Ended, start: int, core: Channel | None) -> None:
         """A process that is no part of the server has ended: tell the core, and remember it until it is known."""
@@ -46,6 +83,17 @@ class Held:
             del self._ends[next(iter(self._ends))]
         if core is not None:
             core.send({"ended": self._ends[pid]})
+
+    def state(self) -> tuple[dict[str, dict[str, int]], list[list[object]]]:
+        """Return everything, for a newer version of us; the numbers of the descriptors stay as they are."""
+        return self._fds, list(self._ends.values())
+
+    def restore(self, fds: dict[str, dict[str, int]], ends: list[list[object]]) -> None:
+        """Take back what `state` returned in an older version of us."""
+        self._fds, self._ends = fds, {int(str(end[0])): end for end in ends}
+        for names in fds.values():
+            for fd in names.values():
+                os.set_inheritable(fd, False)
 
     def hand_over(self, core: Channel) -> None:
         """Give everything to a core that was just started."""

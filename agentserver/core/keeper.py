@@ -28,8 +28,10 @@ from .channel import Channel, Json
 from .framing import KEEPER
 from .held import Held
 from .link import dial
-from .lock import held, held_by_another
+from .lock import held_by_another, lock
 from .log import Log, redirect
+from .notify import Notify, forget, stored
+from .renew import become, restore, stamp
 
 BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a part that does not come up is started again
 LEAST_LIFE_SECS = 0.1        # a part that got ready and lived so long is started again at once
@@ -46,6 +48,7 @@ class Part:
         self.pid = 0
         self.channel: Channel | None = None
         self.ready: Json = {}
+        self.endpoints: Json = {}  # where it listens, for the next one too: it may die before it is ready
         self.failed = ""        # the sentence with which it gave up
         self.done = False       # it said that it is through
         self.yielded = False    # it waits for its successor to serve, or to fail
@@ -90,8 +93,21 @@ class Part:
     def hear(self, word: Json) -> None:
         """Note what it said of itself."""
         self.ready = word.get("ready", self.ready)
+        self.endpoints = {k: v for k, v in self.ready.items() if k.endswith("endpoint")} or self.endpoints
         self.failed = word.get("failed", self.failed)
         self.done = word.get("done", self.done)
+
+    def state(self) -> Json:
+        """Return what a newer version of us needs to go on with it."""
+        return {"pid": self.pid, "channel": self.channel.fileno() if self.channel is not None else -1,
+                "ready": self.ready, "ours": self.ours}
+
+    def restore(self, state: Json) -> None:
+        """Go on with a process that an older version of us has started."""
+        self.pid, self.ready, self.ours, self.began = state["pid"], state["ready"], state["ours"], time.monotonic()
+        if state["channel"] >= 0:
+            os.set_inheritable(state["channel"], False)
+            self.channel = Channel(socket.socket(fileno=state["channel"]))
 
     def stop(self) -> None:
         """Ask it to leave."""
@@ -102,12 +118,15 @@ class Part:
 class Keeper:
     """See the module. `on_ready` gets the sentence that says where the server listens."""
 
-    def __init__(self, config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None],
-                 say: Callable[[str], None]) -> None:
-        self._config, self._on_ready, self._say = config, on_ready, say
+    def __init__(self, config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None], lock: int,
+                 log: str) -> None:
+        self._config, self._on_ready, self._lock, self._log = config, on_ready, lock, log
+        self._say = Log(log or None, config.log_bytes)
+        self._stamp, self._renewing = stamp(_home()), False
         self._started_at, self._generation = time.time(), 1
         self._nofile = process.raise_descriptor_limit()[0]
-        self._held = Held()
+        self._notify = Notify(os.environ)
+        self._held = Held(self._notify, stored(os.environ))
         self._core = Part("core", config)
         self._shell = Part("shell", config) if with_shell else None
         self._next: Part | None = None     # a successor of the core, while a reload is under way
@@ -136,7 +155,8 @@ class Keeper:
     def run(self) -> int:
         """Serve until the core is done; return the exit code. Raise `StartError` if the server cannot start at all."""
         try:
-            self._adopt()
+            if not self._core.pid:
+                self._adopt()
             for part in self._parts:
                 if not part.pid:
                     self._start(part)
@@ -147,8 +167,11 @@ class Keeper:
                     return code
                 self._announce()
                 self._again()
+                self._renew()
         finally:
+            self._notify.stopping()
             self._end_parts()
+            self._notify.close()
             signal.set_wakeup_fd(-1)
             self._wake.close()
             self._wake_out.close()
@@ -164,18 +187,19 @@ class Keeper:
             sock = dial(os.path.join(state_dir, "core.sock"))
             sock.sendall(KEEPER)
             word = self._core.adopt(sock)
+            self._held.drop()
         except (AgentServerError, OSError, EOFError):
             raise StartError(f"{state_dir} is held by a core that does not answer; see core.log there") from None
         self._started_at, self._generation = float(word["started_at"]), int(word["generation"])
         if self._shell is not None:
-            self._shell.ready = {k: v for k, v in word["shell"].items() if k.endswith("endpoint")}
+            self._shell.endpoints = {k: v for k, v in word["shell"].items() if k.endswith("endpoint")}
 
     def _hello(self, **more: object) -> Json:
         return {"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
                 "keeper_pid": os.getpid(), "nofile": self._nofile, **more}
 
     def _start(self, part: Part) -> None:
-        part.start(self._hello(**{k: v for k, v in part.ready.items() if k.endswith("endpoint")}))
+        part.start(self._hello(**part.endpoints))
         if part is self._core:
             assert part.channel is not None
             self._held.hand_over(part.channel)
@@ -194,6 +218,7 @@ class Keeper:
         if self._was_ready or not all(part.pid and part.ready for part in self._parts):
             return
         self._was_ready = True
+        self._notify.ready()
         self._on_ready(self._where())
 
     def _where(self) -> str:
@@ -210,6 +235,7 @@ class Keeper:
     def _wait(self) -> None:
         """Sleep until a part speaks or dies, a signal comes, or it is time to start one again."""
         due = [part.again_at for part in self._parts if not part.pid] + ([self._stopping] if self._stopping else [])
+        due += self._notify.due
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         channels = {part.channel.fileno(): part for part in self._everyone if part.channel is not None}
@@ -221,6 +247,7 @@ class Keeper:
                 self._listen_to(channels[fd])
             else:
                 self._on_signals(self._wake.recv(4096))
+        self._notify.work()
         if self._stopping and time.monotonic() >= self._stopping and self._core.pid:
             self._say("the core did not end in time and is killed")
             process.send(self._core.pid, signal.SIGKILL)
@@ -261,10 +288,39 @@ class Keeper:
         elif "ready" in word and part is following:
             self._core, self._next, self._before = following, None, core if core.pid else None
             self._generation += 1
+            self._renewing = True
             if core.channel is not None:
                 core.channel.send({"leave": True})
             if self._shell is not None:
                 self._shell.stop()  # it is started again with the new code, on the same endpoints
+
+    def _renew(self) -> None:
+        """After a reload: if our own code has changed too, become it, in place; the parts need not notice."""
+        parts = [part for part in self._everyone if part.pid]
+        quiet = self._next is None and self._before is None and all(
+            part.channel is not None and part.ready and part.channel.quiet for part in parts)
+        if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
+            return
+        self._renewing = False
+        if stamp(_home()) == self._stamp or not _can_start():
+            return
+        held, ends = self._held.state()
+        state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
+                 "log": self._log, "started_at": self._started_at, "generation": self._generation,
+                 "nofile": self._nofile, "core": self._core.state(), "held": held, "ends": ends,
+                 "shell": self._shell.state() if self._shell is not None else None}
+        fds = [fd for names in held.values() for fd in names.values()]
+        channels = [part.channel.fileno() for part in parts if part.channel is not None]
+        become([*program(), "_renewed"], state, [self._lock, *channels, *fds])
+
+    def restore(self, state: Json) -> None:
+        """Go on as the newer version of the keeper that wrote `state`."""
+        self._started_at, self._generation, self._nofile = state["started_at"], state["generation"], state["nofile"]
+        self._core.restore(state["core"])
+        if self._shell is not None:
+            self._shell.restore(state["shell"])
+        self._held.restore(state["held"], state["ends"])
+        self._was_ready = True
 
     def _not_succeeded(self, why: str) -> None:
         """The successor did not come up: the core goes on, and says why."""
@@ -282,6 +338,7 @@ class Keeper:
             if not self._stopping:
                 self._stopping = time.monotonic() + self._config.shutdown_timeout_secs + PART_STOP_SECS
                 self._core.again_at = 0.0
+                self._notify.stopping(self._config.shutdown_timeout_secs + 2 * PART_STOP_SECS)
             self._core.stop()
         elif signal.SIGHUP in numbers:
             self._reload()
@@ -360,11 +417,22 @@ class Keeper:
                 process.send(part.pid, signal.SIGKILL)
 
 
-def program() -> list[str]:
-    """Return the argv that starts this very package: its directory's `__main__.py`, or the single file it is in."""
+def _home() -> str:
+    """Return where this very package is: its directory, or the single file that holds it."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    main = os.path.join(package, "__main__.py")
-    return [sys.executable, main if os.path.exists(main) else os.path.dirname(package)]
+    return package if os.path.isdir(package) else os.path.dirname(package)
+
+
+def program() -> list[str]:
+    """Return the argv that starts this very package."""
+    home = _home()
+    return [sys.executable, os.path.join(home, "__main__.py") if os.path.isdir(home) else home]
+
+
+def _can_start() -> bool:
+    """Whether the code that is on disk now can be loaded at all; a keeper that could not would be a dead one."""
+    pid = process.start([*program(), "_check"], {})
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # ---------------------------------------------------------------- ways in
@@ -377,7 +445,7 @@ def serve(config: ServerConfig) -> int:
     with_shell = _has_zmq()
     if not with_shell:
         _print("pyzmq is not installed, so only this machine is served; for the network: pip install pyzmq")
-    return _keep(config.resolved(os.getcwd()), with_shell, _print, Log(None, config.log_bytes))
+    return _keep(config.resolved(os.getcwd()), with_shell, _print, "")
 
 
 def _print(sentence: str) -> None:
@@ -392,12 +460,25 @@ def _has_zmq() -> bool:
     return importlib.util.find_spec("zmq") is not None
 
 
-def _keep(config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None], say: Callable[[str], None]) -> int:
+def _keep(config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None], log: str) -> int:
     make_state_dir(config.state_dir)
-    with held(os.path.join(config.state_dir, "keeper.lock")):
+    held = lock(os.path.join(config.state_dir, "keeper.lock"))
+    try:
         _check_descriptors(config.max_agents)
         tree.become_subreaper()
-        return Keeper(config, with_shell, on_ready, say).run()
+        return Keeper(config, with_shell, on_ready, held, log).run()
+    finally:
+        os.close(held)
+
+
+def renewed(fd: int) -> int:
+    """Go on as the keeper that executed us in its place."""
+    state = restore(fd)
+    config = ServerConfig.from_json(state["config"])
+    os.set_inheritable(state["lock"], False)
+    keeper = Keeper(config, state["shell"] is not None, lambda where: None, state["lock"], state["log"])
+    keeper.restore(state)
+    return keeper.run()
 
 
 def make_state_dir(path: str) -> None:
@@ -452,11 +533,12 @@ def main(sock: socket.socket) -> int:
         os._exit(0)
     channel = Channel(sock)
     config = ServerConfig.from_json(channel.next()["config"])
+    forget(os.environ)  # a manager that started the program which embeds us is not ours to talk to
     log = os.path.join(config.state_dir, "keeper.log")
     try:
         make_state_dir(config.state_dir)
         redirect(log)
-        return _keep(config, False, lambda where: channel.finish({"ready": where}), Log(log, config.log_bytes))
+        return _keep(config, False, lambda where: channel.finish({"ready": where}), log)
     except AgentServerError as e:
         channel.send({"failed": str(e)})
         return 1

@@ -404,7 +404,7 @@ class Supervisor:
             return
         if proc is None or proc.start != agent.start or proc.parent in (self._keeper.pid, os.getpid()):
             return
-        self.family.init_adopts = True
+        self.family.foster(proc.parent)
         fd = pidfd.open_pidfd(agent.pid)
         if fd >= 0:
             run.pidfd = self.reactor.watch(fd, READ, lambda _mask: self._stranger_ended(agent, run, fd, 0))

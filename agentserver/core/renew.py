@@ -1,0 +1,50 @@
+"""A process that becomes its own newer version: execve(2) keeps the pid, the children and the descriptors.
+
+Owns:    telling whether our code on disk has changed, and carrying a state over an exec.
+Runs in: the keeper, the one process that has to stay the parent of what it adopted.
+Unaware: of what the state means.
+"""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from typing import Iterable, NoReturn
+
+from .channel import Json
+
+
+def stamp(path: str) -> tuple[int, int, int]:
+    """Return what changes when a package directory, or the single file that holds it, is replaced."""
+    if os.path.isfile(path):
+        return 1, os.stat(path).st_size, os.stat(path).st_mtime_ns
+    facts = [os.stat(os.path.join(folder, name)) for folder, _, names in os.walk(path)
+             for name in names if name.endswith(".py")]
+    return len(facts), sum(f.st_size for f in facts), max((f.st_mtime_ns for f in facts), default=0)
+
+
+def become(program: list[str], state: Json, fds: Iterable[int]) -> NoReturn:
+    """Execute `program` in our place; it finds `state` by `restore`, and `fds` open under their numbers."""
+    with tempfile.TemporaryFile(dir=state["state_dir"]) as file:
+        file.write(json.dumps(state).encode())
+        file.flush()
+        # until the new program has its handlers, a signal would end it; they are blocked over the exec
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
+        inherited = [file.fileno(), *fds]
+        try:
+            for fd in inherited:
+                os.set_inheritable(fd, True)
+            os.execv(program[0], [*program, str(file.fileno()), *sys.argv[1:]])
+        finally:  # it could not be executed: we stay what we are
+            for fd in inherited:
+                os.set_inheritable(fd, False)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def restore(fd: int) -> Json:
+    """Return the state that was carried over; its descriptors are close-on-exec again."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        return dict(json.load(file))

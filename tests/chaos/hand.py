@@ -1,0 +1,237 @@
+"""The hand: SIGKILL, SIGSTOP, cut wires, a full disk, reload, a dead keeper, at random moments.
+
+Owns:    the server under test, finding its parts, every fault, and putting right what a fault has left.
+Runs in: a thread of the chaos process.
+Unaware: of clients and of what they expect.
+
+It signals only parts of its own server: by pidfd, after the process behind it was seen to be a part (by its
+last argument) of this very state directory (by the mark in its environment).
+"""
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, Optional
+
+from accounting import Ledger, alive_with
+from cables import Cables
+from support import MARK, Server
+
+#: fault -> how often it comes, against the others
+FAULTS = {"kill core": 10, "kill shell": 6, "kill both": 3, "kill core in take-over": 5, "stop core": 4,
+          "stop shell": 2, "stop core, then kill it": 2, "stop keeper, kill core": 2, "cut connections": 6,
+          "fill disk": 2, "reload": 4, "kill keeper": 3}
+PART_OF = {"keeper": b"serve", "core": b"_core", "shell": b"_shell"}
+
+
+class Part:
+    """A process of the server, held by pidfd so that it cannot become another."""
+
+    def __init__(self, pid: int, fd: int) -> None:
+        self.pid, self._fd = pid, fd
+
+    def send(self, number: int) -> bool:
+        """Signal it, if it is still there."""
+        try:
+            signal.pidfd_send_signal(self._fd, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._fd)
+
+
+def find(name: str, state_dir: Path, keeper: int) -> Optional[Part]:
+    """Return a part of the server that lives in `state_dir`, or None if there is none now."""
+    for pid in [keeper] if name == "keeper" else _children(keeper) or alive_with(MARK, str(state_dir)):
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            continue
+        if _is(pid, PART_OF[name], state_dir):
+            return Part(pid, fd)
+        os.close(fd)
+    if name != "keeper":  # of a keeper that died
+        for pid in alive_with(MARK, str(state_dir)):
+            if _is(pid, PART_OF[name], state_dir):
+                return Part(pid, os.pidfd_open(pid))
+    return None
+
+
+def _children(pid: int) -> List[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _is(pid: int, word: bytes, state_dir: Path) -> bool:
+    try:
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return word in argv[-2:-1] + argv[2:3] and f"{MARK}={state_dir}".encode() in Path(
+            f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+class Hand(threading.Thread):
+    """See the module. `faults` are the ones to use."""
+
+    def __init__(self, state_dir: Path, flags: List[str], seed: int, faults: List[str], ledger: Ledger,
+                 pace: float, say: Callable[[str], None]) -> None:
+        super().__init__(name="hand", daemon=True)
+        self._dice, self._pace, self._say = random.Random(f"{seed} hand"), pace, say
+        self._flags, self._ledger = flags, ledger
+        self.state_dir, self.faults = state_dir, faults
+        self.server = Server(state_dir, *flags)
+        self.endpoint, self.pub_endpoint = self.server.endpoint, self.server.pub_endpoint
+        self.cables: Optional[Cables] = None
+        self.done: Dict[str, int] = {}
+        self._over = threading.Event()
+        self.failed = ""
+
+    # ------------------------------------------------------------ the parts
+
+    def part(self, name: str) -> Optional[Part]:
+        """Return a part of the server, waiting a moment for one that is being started."""
+        until = time.monotonic() + 10
+        while time.monotonic() < until:
+            found = find(name, self.state_dir, self.server.process.pid)
+            if found is not None:
+                return found
+            time.sleep(0.002)
+        return None
+
+    def signal(self, name: str, *numbers: int, pause: float = 0.0) -> bool:
+        """Signal a part, with a pause between two signals."""
+        part = self.part(name)
+        if part is None:
+            return False
+        for n, number in enumerate(numbers):
+            time.sleep(pause if n else 0)
+            sent = part.send(number)
+        part.close()
+        return sent
+
+    # ------------------------------------------------------------ the faults
+
+    def run(self) -> None:
+        """Do harm until told to end."""
+        weights = [FAULTS[fault] for fault in self.faults]
+        try:
+            while not self._over.wait(self._dice.expovariate(1 / self._pace)):
+                self.do(self._dice.choices(self.faults, weights)[0])
+        except Exception:
+            import traceback
+            self.failed = traceback.format_exc()
+            self._ledger.loss("no answer", f"the hand failed: {self.failed}\n{self.server.logs()}")
+
+    def end(self) -> None:
+        """Do no more harm."""
+        self._over.set()
+        self.join(120)
+
+    def do(self, fault: str) -> None:
+        """One fault."""
+        self._say(f"  {fault}")
+        if getattr(self, "_" + fault.replace(",", "").replace("-", "").replace(" ", "_"))():
+            self.done[fault] = self.done.get(fault, 0) + 1
+
+    def _kill_core(self) -> bool:
+        return self.signal("core", signal.SIGKILL)
+
+    def _kill_shell(self) -> bool:
+        return self.signal("shell", signal.SIGKILL)
+
+    def _kill_both(self) -> bool:
+        both = self._dice.sample(["core", "shell"], 2)
+        return all([self.signal(name, signal.SIGKILL) for name in both])
+
+    def _kill_core_in_takeover(self) -> bool:
+        """Kill the core, and each of its next successors some moment after it was started."""
+        self.signal("core", signal.SIGKILL)
+        for _ in range(self._dice.choice((1, 1, 2))):
+            part = self.part("core")
+            if part is None:
+                return False
+            time.sleep(self._dice.random() * 0.25)
+            part.send(signal.SIGKILL)
+            part.close()
+        return True
+
+    def _stop_core(self) -> bool:
+        return self.signal("core", signal.SIGSTOP, signal.SIGCONT, pause=self._dice.random() * 1.5)
+
+    def _stop_shell(self) -> bool:
+        return self.signal("shell", signal.SIGSTOP, signal.SIGCONT, pause=self._dice.random() * 1.5)
+
+    def _stop_core_then_kill_it(self) -> bool:
+        return self.signal("core", signal.SIGSTOP, signal.SIGKILL, pause=self._dice.random())
+
+    def _stop_keeper_kill_core(self) -> bool:
+        keeper = self.part("keeper")
+        if keeper is None:
+            return False
+        keeper.send(signal.SIGSTOP)
+        try:
+            time.sleep(self._dice.random() * 0.5)
+            done = self.signal("core", signal.SIGKILL)
+            time.sleep(self._dice.random() * 0.5)
+        finally:
+            keeper.send(signal.SIGCONT)
+            keeper.close()
+        return done
+
+    def _cut_connections(self) -> bool:
+        assert self.cables is not None
+        self.cables.cut(self._dice.choice((0.3, 1.0)))
+        return True
+
+    def _fill_disk(self) -> bool:
+        """Take all space of the small disk that the state directory is on, for a moment."""
+        ballast = self.state_dir.parent / "ballast"
+        window = [time.monotonic(), float("inf")]
+        self._ledger.disk.append(window)
+        fd = os.open(ballast, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        size = 1 << 20
+        while size >= 4096:
+            try:
+                os.posix_fallocate(fd, os.fstat(fd).st_size, size)
+            except OSError:
+                size //= 4
+        time.sleep(self._dice.random() * 1.5)
+        os.close(fd)
+        ballast.unlink()
+        until = time.monotonic() + 30
+        while not self._can_write() and time.monotonic() < until:
+            time.sleep(0.05)
+        window[1] = time.monotonic() + 0.5
+        return True
+
+    def _can_write(self) -> bool:
+        """Whether the core remembers again; a refusal for want of disk has the code `unavailable`."""
+        try:
+            reply = self.server.ask({"type": "spawn_request", "config": {"command": ["/no/such/program"]}})
+        except (OSError, ValueError):
+            return False
+        return bool(reply["error_code"] == "spawn_failed")
+
+    def _reload(self) -> bool:
+        return self.signal("keeper", signal.SIGHUP)
+
+    def _kill_keeper(self) -> bool:
+        """Kill the keeper; perhaps something else before a new serve comes."""
+        if not self.signal("keeper", signal.SIGKILL):
+            return False
+        self.server.process.wait()
+        if self.server.process.stdout:
+            self.server.process.stdout.close()
+        time.sleep(self._dice.random() * 0.5)
+        self.server = Server(self.state_dir, *self._flags, endpoint=self.endpoint, pub_endpoint=self.pub_endpoint)
+        return True

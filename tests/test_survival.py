@@ -1,0 +1,229 @@
+"""The server's own death and upgrade are not events in an agent's life.
+
+Owns:    SIGKILL of the core at awkward moments, a keeper's death and its successor, reload.
+Runs in: the test process; it signals only the parts of servers that it started.
+Unaware: of how it is done; the chaos suite does it at random, and counts.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Callable
+
+import pytest
+from support import DEADLINE_SECS, MAIN, Server, agent, wait_until
+from test_faults import back, zmq_answers
+from wire import LineWire, alive, new_id, states
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")
+
+
+def kill_core(server: Server) -> None:
+    core = server.pids()["core"]
+    os.kill(core, signal.SIGKILL)
+    back(server, "core", core)
+
+
+def reload(server: Server, how: Callable[[Server], None]) -> None:
+    """Reload, and wait until the next generation serves."""
+    def health() -> dict[str, str]:
+        try:
+            return dict(server.ask({"type": "health_check_request"})["metadata"])
+        except (OSError, ValueError):
+            return {}
+    before = health()["generation"]
+    how(server)
+    wait_until(lambda: health().get("generation") == str(int(before) + 1) and health()["endpoint"], what="a new generation")
+
+
+def by_signal(server: Server) -> None:
+    server.process.send_signal(signal.SIGHUP)
+
+
+def by_request(server: Server) -> None:
+    assert server.ask({"type": "reload_request"})["success"]
+
+
+@pytest.mark.parametrize("happens", [kill_core, lambda server: reload(server, by_signal)], ids=["kill", "reload"])
+def test_busy_agents_lose_nothing(server: Server, tmp_path: Path, happens: Callable[[Server], None]) -> None:
+    """Every byte of both streams, in order, and the exit code, across three deaths (or upgrades) of the core."""
+    with LineWire(server.socket_path) as wire:
+        agents = {wire.spawn("lines", 0, 2000, tmp_path / f"sums{n}"): tmp_path / f"sums{n}" for n in range(8)}
+    for _ in range(3):
+        happens(server)
+        with LineWire(server.socket_path) as wire:
+            ends = {each: wire.info(each)["output"]["stdout"]["end_offset"] for each in agents}
+            for each, end in ends.items():
+                wait_until(lambda: wire.info(each)["output"]["stdout"]["end_offset"] > end, what="an agent to go on")
+    with LineWire(server.socket_path) as wire:
+        for each in agents:
+            wire.control(each, "stop")
+        for each, sums in agents.items():
+            assert wire.exit(each)["code"] == 0 and wire.info(each)["attempt"] == 1
+            out, err = wire.output(each), wire.output(each, "stderr")
+            assert sums.read_text().split() == [str(len(out)), hashlib.sha256(out).hexdigest(),
+                                                str(len(err)), hashlib.sha256(err).hexdigest()]
+
+
+def test_an_end_while_there_is_no_core(server: Server, tmp_path: Path) -> None:
+    """The keeper reaps, and the new core records the true code; also of one that a signal ended."""
+    with LineWire(server.socket_path) as wire:
+        left, killed = wire.spawn("ticker", 0.01, tmp_path / "go"), wire.spawn("sleeper")
+        pids = [wire.info(each)["pid"] for each in (left, killed)]
+    core = server.pids()["core"]
+    os.kill(core, signal.SIGSTOP)
+    os.kill(pids[1], signal.SIGKILL)
+    (tmp_path / "go").touch()
+    wait_until(lambda: states(pids) == {"Z"}, what="the agents to be zombies of the stopped core")
+    os.kill(core, signal.SIGKILL)
+    back(server, "core", core)
+    with LineWire(server.socket_path) as wire:
+        assert wire.exit(left)["code"] == 0
+        said = wire.output(left) + wire.output(left, "stderr")
+        numbers = sorted(int(line.split()[1]) for line in said.splitlines() if line.startswith(b"tick"))
+        assert numbers == list(range(len(numbers))) and numbers
+        record = wire.exit(killed)
+        assert record["signal"] == "SIGKILL" and record["reason"] == "signaled" and record["by"] is None
+        assert wire.status(killed) == "failed"
+
+
+def test_the_stop_ladder_goes_on(server: Server) -> None:
+    """SIGTERM was sent by a core that died; SIGKILL comes from the next, for the same reason, by the same client."""
+    with LineWire(server.socket_path) as wire:
+        stubborn = wire.spawn("stubborn", grace_secs=1.0)
+        wire.control(stubborn, "stop")
+        by = "local uid"
+    kill_core(server)
+    with LineWire(server.socket_path) as wire:
+        record = wire.exit(stubborn)
+        assert record["signal"] == "SIGKILL" and record["reason"] == "stop" and record["by"].startswith(by)
+
+
+def test_a_limit_goes_on(server: Server) -> None:
+    with LineWire(server.socket_path) as wire:
+        limited = wire.spawn("sleeper", limits={"runtime_secs": 1.0})
+    kill_core(server)
+    with LineWire(server.socket_path) as wire:
+        assert wire.exit(limited)["reason"] == "limit:runtime_secs"
+
+
+def test_a_spawn_is_done_once(server: Server) -> None:
+    """The same request to the core before and after: one agent, one process."""
+    request = {"type": "spawn_request", "request_id": new_id(), "config": {"command": agent("sleeper")}}
+    first = server.ask(request)
+    kill_core(server)
+    again = server.ask(request)
+    assert first == again and first["success"]
+    assert [each["pid"] for each in server.ask({"type": "list_agents_request"})["agents"]] == [first["agent_info"]["pid"]]
+
+
+def test_stdin_is_written_once(server: Server) -> None:
+    """More than a pipe holds waits in front of an agent that does not read yet, across two deaths of the core."""
+    with LineWire(server.socket_path) as wire:
+        late = wire.spawn("echo")
+        wire.control(late, "pause")
+        sent = b"".join(b"%07d\n" % n for n in range(50_000))
+        for start in range(0, len(sent), 100_000):
+            wire.control(late, "write_stdin", data=sent[start:start + 100_000].decode())
+    kill_core(server)
+    with LineWire(server.socket_path) as wire:
+        wire.control(late, "resume")
+    kill_core(server)
+    with LineWire(server.socket_path) as wire:
+        wire.control(late, "close_stdin")
+        assert wire.output(late) == b"ready\n" + sent
+
+
+def successor(start_server: Callable[..., Server], server: Server) -> Server:
+    """SIGKILL the keeper, and start `serve` on its state directory again."""
+    server.process.kill()
+    server.process.wait(DEADLINE_SECS)
+    return start_server(state_dir=server.state_dir)
+
+
+def test_a_keeper_dies_and_another_comes(start_server: Callable[..., Server]) -> None:
+    """Core and agents are the same; the shell is a new one on the same endpoints; then the core dies as well."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        ids = [wire.spawn("echo"), wire.spawn("exit_with", 7, ready=False), wire.spawn("sleeper")]
+        pid, core = wire.info(ids[0])["pid"], server.pids()["core"]
+    heir = successor(start_server, server)
+    assert heir.endpoint == server.endpoint and heir.pub_endpoint == server.pub_endpoint
+    assert heir.pids()["core"] == core and heir.pids()["keeper"] == heir.process.pid
+    assert zmq_answers(heir.endpoint)
+    kill_core(heir)
+    with LineWire(heir.socket_path) as wire:
+        assert wire.info(ids[0])["pid"] == pid and wire.exit(ids[1])["code"] == 7
+        wire.control(ids[0], "write_stdin", data="still\n", eof=True)
+        assert wire.output(ids[0]) == b"ready\nstill\n"
+        record = wire.exit(ids[0])
+        assert (record["code"], record["reason"]) in ((0, "exited"), (None, "lost")), "the kernel tells, or nobody does"
+    server.process.stdout.close()  # type: ignore[union-attr]
+
+
+def test_reload_keeps_the_keeper_and_renews_the_rest(server: Server) -> None:
+    with LineWire(server.socket_path) as wire:
+        each = wire.spawn("echo")
+    before = server.pids()
+    reload(server, by_request)
+    wait_until(lambda: zmq_answers(server.endpoint), what="the new shell to answer")
+    after = server.pids()
+    assert after["keeper"] == before["keeper"] and after["core"] != before["core"] and after["shell"] != before["shell"]
+    wait_until(lambda: not alive(before["core"]) and not alive(before["shell"]), what="the old ones to leave")
+    with LineWire(server.socket_path) as wire:
+        wire.control(each, "write_stdin", data="x\n", eof=True)
+        assert wire.output(each) == b"ready\nx\n" and wire.exit(each)["code"] == 0
+
+
+def copied(where: Path) -> Path:
+    """Return a copy of the package that a test may change."""
+    package = where / "agentserver"
+    shutil.copytree(MAIN.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    return package
+
+
+def test_the_keeper_becomes_its_new_code_in_place(start_server: Callable[..., Server], run_dir: Path) -> None:
+    """Same pid, same children, agents adopted by it included; twice; and it still ends well."""
+    package, told = copied(run_dir / "renewed"), run_dir / "renewed" / "told"
+    server = start_server(program=[sys.executable, str(package / "__main__.py")], environ={"PYTHONPATH": ""})
+    with LineWire(server.socket_path) as wire:
+        each, ending = wire.spawn("echo"), wire.spawn("ticker", 0.01, run_dir / "renewed" / "go")
+    kill_core(server)  # so that the agents are the keeper's children
+    for version in ("one", "two"):
+        with open(package / "core" / "keeper.py", "a") as file:
+            file.write(f"\nopen({str(told)!r}, 'a').write('%d {version}\\n' % os.getpid())\n")
+        reload(server, by_request)
+        wait_until(lambda: told.exists() and f"{server.process.pid} {version}" in told.read_text(), what="the new keeper")
+    (run_dir / "renewed" / "go").touch()
+    with LineWire(server.socket_path) as wire:
+        assert wire.exit(ending)["code"] == 0
+        wire.control(each, "write_stdin", data="x\n", eof=True)
+        assert wire.output(each) == b"ready\nx\n" and wire.exit(each)["code"] == 0
+    kill_core(server)
+    wait_until(lambda: zmq_answers(server.endpoint), what="the shell to answer")
+
+
+def test_a_broken_new_version_leaves_the_old_one_serving(start_server: Callable[..., Server], run_dir: Path) -> None:
+    """The package is replaced underneath by one that cannot be imported, then by one that fails to serve."""
+    package = copied(run_dir / "broken")
+    server = start_server(program=[sys.executable, str(package / "__main__.py")], environ={"PYTHONPATH": ""})
+    with LineWire(server.socket_path) as wire:
+        each, core = wire.spawn("echo"), server.pids()["core"]
+    for file, broken in (("core/service.py", "raise RuntimeError('broken')\n"),
+                         ("core/registry.py", "SCHEMA_VERSION = 0  # older than what is on disk\n")):
+        good = (package / file).read_text()
+        (package / file).write_text(good.replace("SCHEMA_VERSION = 1\n", broken) if "SCHEMA" in broken else broken)
+        by_request(server)
+        why = wait_until(lambda: server.ask({"type": "health_check_request"})["metadata"]["reload_failed"],
+                         what="the reload to fail")
+        assert why and server.pids()["core"] == core
+        (package / file).write_text(good)
+    reload(server, by_request)
+    assert server.pids()["core"] != core
+    with LineWire(server.socket_path) as wire:
+        wire.control(each, "write_stdin", data="x\n", eof=True)
+        assert wire.output(each) == b"ready\nx\n"
