@@ -347,3 +347,44 @@ def test_doctor_prints_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     doctor._print([doctor.Finding("a", doctor.GOOD, "x"), doctor.Finding("bb", doctor.BROKEN, "y", "much", "this way")])
     assert capsys.readouterr().out.splitlines() == [
         "good     a   x", "broken   bb  y", "             costs: much", "             mend : this way"]
+
+
+def test_doctor_looks_at_the_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as one can see it from within: the rest is said to be unknown, with how to look."""
+    from agentserver.cli import supervised
+    for name in ("NOTIFY_SOCKET", "FDSTORE", "WATCHDOG_USEC"):
+        monkeypatch.delenv(name, raising=False)
+
+    def found() -> dict[str, doctor.Finding]:
+        return {finding.name: finding for finding in supervised.checks(0, 100)}
+    alone = found()
+    assert list(alone) == ["service manager"] and alone["service manager"].state == doctor.LACKING
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+    assert "without a watchdog" in found()["service manager"].found
+    assert found()["descriptor store"].state == found()["KillMode"].state == doctor.UNKNOWN
+    monkeypatch.setenv("FDSTORE", "100")
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    assert found()["descriptor store"].state == doctor.LACKING and "500" in found()["descriptor store"].found
+    monkeypatch.setenv("FDSTORE", "1024")
+    assert found()["descriptor store"].state == doctor.GOOD and "30 s" in found()["service manager"].found
+    assert all(finding.cost and finding.mend for finding in found().values() if finding.state != doctor.GOOD)
+
+
+def test_doctor_knows_the_unit_by_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agentserver.cli import supervised
+    groups = tmp_path / "cgroup"
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *a, **k: real(groups if "cgroup" in str(path) else path, *a, **k))
+    groups.write_text("0::/user.slice/user-1000.slice/user@1000.service/app.slice/agentserver.service\n")
+    assert supervised.unit_of(1) == "agentserver.service"
+    groups.write_text("0::/user.slice/session-1.scope\n")
+    assert supervised.unit_of(1) == ""
+
+
+def test_doctor_tries_what_the_kernel_can() -> None:
+    found = {finding.name: finding for finding in checks()}
+    assert {"/proc", "subreaper", "os.splice", "sendfile", "pidfd", "exit codes", "descriptors"} <= found.keys()
+    if sys.platform == "linux":
+        assert found["sendfile"].state == found["/proc"].state == doctor.GOOD
+        newer = tuple(int(n) for n in os.uname().release.split("-")[0].split(".")[:2]) >= (6, 15)
+        assert (found["exit codes"].state == doctor.GOOD) == newer

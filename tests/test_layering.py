@@ -44,7 +44,7 @@ ACROSS = {
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.lifecycle", "shell.link"),
     # `serve` becomes a keeper and `doctor` looks at what one would need; all else goes through the client
-    "cli": ("client", "core.keeper", "core.lifecycle", "core.process"),
+    "cli": ("client", "core.keeper", "core.lifecycle", "core.process", "core.pidfd"),
 }
 #: special modules of Python, and the only files (or folders) that may import them
 HOMES = {

@@ -14,15 +14,15 @@ from typing import Callable, NamedTuple
 from ..config import ServerConfig
 from . import connect, exits, out, show
 
-GOOD, LACKING, BROKEN = "good", "lacking", "broken"
-_STYLE = {GOOD: "green", LACKING: "yellow", BROKEN: "red"}
+GOOD, LACKING, BROKEN, UNKNOWN = "good", "lacking", "broken", "unknown"
+_STYLE = {GOOD: "green", LACKING: "yellow", BROKEN: "red", UNKNOWN: "yellow"}
 _OLDEST_PYTHON = (3, 9)
 _REMOTE = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "glusterfs", "fuse.sshfs", "afs", "lustre")
 _SOCKET_PATH_BYTES = 107     # sun_path of unix(7) less its final NUL
 
 
 class Finding(NamedTuple):
-    """What one check found. `broken` keeps the server from working; `lacking` only costs something."""
+    """What one check found. `broken` keeps the server from working; `lacking` only costs something, `unknown` may."""
 
     name: str
     state: str
@@ -51,9 +51,12 @@ def _all(given: Namespace) -> list[Finding]:
         settings = config.load(flags, os.environ, given.config).resolved(os.getcwd())
     except (ConfigError, OSError) as e:
         return [*findings, Finding("settings", BROKEN, str(e), "no server starts with them", "correct what is named")]
+    from . import supervised
     directory = settings.state_dir
+    server, keeper = reachable(given)
     return [*findings, state_dir(directory), file_system(directory), socket_length(directory), descriptors(settings),
-            proc(), subreaper(), splice(), pidfd(), reachable(given)]
+            proc(), subreaper(), splice(), sendfile(), pidfd(), exit_codes(),
+            *supervised.checks(keeper, settings.max_agents), server]
 
 
 def _print(findings: list[Finding]) -> None:
@@ -151,9 +154,14 @@ def descriptors(settings: ServerConfig) -> Finding:
 
 
 def proc() -> Finding:
-    """Check for /proc, through which trees of processes are found."""
-    return _judge("/proc", os.path.exists("/proc/self/stat"), "there", "not there",
-                  "only process groups are ended: what an agent started in a session of its own may stay behind",
+    """Check for /proc, through which trees of processes are found, and that it is the one of our own pid namespace."""
+    try:
+        there, lack = os.readlink("/proc/self") == str(os.getpid()), "shows the processes of another pid namespace"
+    except OSError:
+        there, lack = False, "not there"
+    return _judge("/proc", there, "there", lack,
+                  "only process groups are ended: what an agent started in a session of its own may stay behind, and "
+                  "survivors of the death of all our processes at once are not found",
                   "mount it: mount -t proc proc /proc (Linux); elsewhere there is none")
 
 
@@ -185,20 +193,51 @@ def pidfd() -> Finding:
             good = True
         except OSError:
             good = False
-    return _judge("pidfd", good, "there", "not there", "ends of agents are noticed by SIGCHLD alone, which is enough",
+    return _judge("pidfd", good, "there", "not there",
+                  "the end of an agent that keeper and core have left to init, by dying both, is not noticed",
                   "needs Linux 5.3")
 
 
-def reachable(given: Namespace) -> Finding:
-    """Check whether a server answers."""
+def exit_codes() -> Finding:
+    """Check whether a pidfd tells how a process ended that somebody else has reaped (PIDFD_GET_INFO)."""
+    from ..core import pidfd as core_pidfd
+    return _judge("exit codes", core_pidfd.tells_exit_codes(), "told by pidfd", "not told by pidfd",
+                  "how an agent ended that keeper and core have left to init, by dying both, is recorded as unknown",
+                  "needs Linux 6.15")
+
+
+def sendfile() -> Finding:
+    """Check for sendfile(2) from a file to a pipe, by which stdin is written once whatever dies meanwhile."""
+    import tempfile
+    read, write = os.pipe()
+    try:
+        with tempfile.TemporaryFile() as file:
+            file.write(b"x")
+            file.flush()
+            good = os.sendfile(write, file.fileno(), 0, 1) == 1
+    except (AttributeError, OSError):
+        good = False
+    finally:
+        os.close(read)
+        os.close(write)
+    return _judge("sendfile", good, "there", "not there, or not from a file to a pipe",
+                  "nothing can be written to the stdin of agents", "needs Linux")
+
+
+def reachable(given: Namespace) -> tuple[Finding, int]:
+    """Check whether a server answers; return the pid of its keeper, too, 0 if it does not or runs elsewhere."""
+    import socket
+
     from ..errors import AgentServerError
     try:
         with connect.connect(given, given.timeout or 3.0) as client:
             found = client.health()
-            return Finding("server", GOOD, f"{client.address} answers, version {found.metadata.get('version', '?')}")
+            keeper = found.metadata.get("pid", "") if found.metadata.get("hostname") == socket.gethostname() else ""
+            finding = Finding("server", GOOD, f"{client.address} answers, version {found.metadata.get('version', '?')}")
+            return finding, int(keeper) if keeper.isdigit() else 0
     except AgentServerError as e:
         return Finding("server", LACKING, str(e), "the other commands have nobody to talk to",
-                       "start one: agentserver serve")
+                       "start one: agentserver serve"), 0
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"doctor": doctor}
