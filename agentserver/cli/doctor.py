@@ -197,8 +197,9 @@ def reachable(given: Namespace) -> Finding:
             found = client.health()
             return Finding("server", GOOD, f"{client.address} answers, version {found.metadata.get('version', '?')}")
     except AgentServerError as e:
-        return Finding("server", LACKING, str(e), "the other commands have nobody to talk to",
-                       "start one: agentserver serve")
+        told, _, mend = str(e).partition("; start one with: ")
+        return Finding("server", LACKING, told, "the other commands have nobody to talk to",
+                       f"start one: {mend or 'agentserver serve'}")
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"doctor": doctor}

@@ -86,7 +86,7 @@ class Control:
         if len(reply) > self._limit:
             reply = _failure(reply_type, request_id, f"the reply would have {len(reply)} bytes and at most "
                              f"{self._limit} are allowed; ask for less at once", "message_too_large")
-        if b'"success":false' in reply[:300]:
+        if b'"success":false' in reply[:1024]:
             self._failed(obj)
         return reply
 
@@ -214,7 +214,8 @@ class Control:
         if peer.subscriber is None:
             raise RequestError("subscribe_request is for the Unix socket; over ZeroMQ subscribe to the topic on the "
                                "publishing endpoint that health_check_request tells")
-        new = [topic for topic in request.topics if topic not in peer.subscriber.topics]
+        before = frozenset(peer.subscriber.topics)
+        new = [topic for topic in request.topics if topic not in before]
         self._feed.subscribe(peer.subscriber, request.topics)
         if request.since is not None:
             self._feed.replay(peer.subscriber, request.since)

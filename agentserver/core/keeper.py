@@ -28,9 +28,8 @@ from .log import Log, redirect
 
 BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a dead part is started again
 STEADY_SECS = 10.0           # after so long alive, a death is a first one again
+FDS_PER_AGENT, FDS_RESERVE = process.FDS_PER_AGENT, process.FDS_RESERVE
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
-FDS_PER_AGENT = 6            # three pipes, two segments, one index
-FDS_RESERVE = 100            # sockets, some clients, registry, logs
 
 
 class Part:
@@ -48,6 +47,7 @@ class Part:
 
     def start(self, word: Json) -> None:
         """Start the process and tell it `word`."""
+        self.began = time.monotonic()
         ours, theirs = socket.socketpair()
         log = os.open(os.path.join(self._config.state_dir, self.name + ".log"),
                       os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -56,7 +56,7 @@ class Part:
         finally:
             theirs.close()
             os.close(log)
-        self.channel, self.ready, self.failed, self.began = Channel(ours), {}, "", time.monotonic()
+        self.channel, self.ready, self.failed = Channel(ours), {}, ""
         self.channel.send(word)
 
     def dead(self) -> None:
@@ -143,7 +143,13 @@ class Keeper:
     def _again(self) -> None:
         for part in self._parts:
             if not part.pid and time.monotonic() >= part.again_at:
-                self._start(part)
+                try:
+                    self._start(part)
+                except OSError as e:  # no memory, or Python itself is being replaced: nothing to end the others for
+                    part.dead()
+                    self._say(f"the {part.name} cannot be started: {e}; trying again")
+                    if self._stopping and part is self._core:
+                        raise StartError(f"the {part.name} cannot be started to end what a dead one left: {e}") from e
 
     def _announce(self) -> None:
         """Say once where the server listens."""

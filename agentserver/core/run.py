@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple, Protocol
 from ..errors import RequestError
 from .counters import Counters
 from .feed import Feed
-from .output import OutputLog
+from .output import OutputLog, OutputRead
 from .process import Child, Ended
 from .reactor import READ, WRITE, Reactor, Timer, Watch
 
@@ -53,8 +53,8 @@ class Run:
     """See the module. `started` is monotonic."""
 
     __slots__ = ("_agent_id", "_buffer", "_closing", "_desk", "_fds", "_shown", "_stdin", "_stdin_watch", "_watches",
-                 "_wide", "cause", "ended", "inodes", "leaked", "ladder", "limit", "output", "signalled", "started",
-                 "trouble")
+                 "_wide", "cause", "ended", "inodes", "kill_at", "leaked", "ladder", "limit", "output", "signalled",
+                 "started", "trouble")
 
     def __init__(self, agent_id: str, child: Child, output: OutputLog, desk: Desk) -> None:
         self._agent_id, self._desk, self.output = agent_id, desk, output
@@ -70,6 +70,7 @@ class Run:
         self.cause: Cause | None = None
         self.signalled: dict[int, str] = {}  # signals that clients sent, and who did
         self.ladder: Timer | None = None     # the next rung of the stop ladder
+        self.kill_at = float("inf")          # monotonic time of the ladder's SIGKILL, once SIGTERM was sent
         self.limit: Timer | None = None      # when limits.runtime_secs is reached
         self.ended: Ended | None = None      # set when the leader was reaped
         self.leaked: dict[int, str] = {}     # pid -> command of what had to be killed
@@ -113,11 +114,18 @@ class Run:
         start = self._shown[name]
         if not end - moved - 4 < start <= end:  # nobody listened for a while
             start = end - moved
-        got = self.output.read(name, start, end - start)
+        got = self._read(name, start, end)
         data = got.data[:whole_characters(got.data)]
         self._shown[name] = got.offset + len(data)
         if data:
             self._desk.feed.output(self._agent_id, name, data, got.offset, eof=False)
+
+    def _read(self, name: str, start: int, end: int) -> OutputRead:
+        """Read back what is to be published; nothing if it cannot be read for now, since this is but a hint."""
+        try:
+            return self.output.read(name, start, end - start)
+        except OSError:
+            return OutputRead(b"", end, end, start, 0)
 
     def _end_of(self, name: str) -> None:
         """The stream is over: tell what was held back, and that nothing follows."""
@@ -126,7 +134,7 @@ class Run:
         end = self.output.span(name)[1]
         if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
             start = self._shown[name] if end - 4 < self._shown[name] <= end else end
-            data = self.output.read(name, start, end - start).data
+            data = self._read(name, start, end).data
             self._desk.feed.output(self._agent_id, name, data, end - len(data), eof=True)
         if not self._fds:
             self._desk.reactor.after(0, self.output.close)  # files can wait until the end has been told
@@ -175,6 +183,8 @@ class Run:
                 "send less at once, or again later", "stdin_full")
         self._buffer += data
         self._flush()
+        if self._stdin < 0:
+            raise RequestError("the agent has closed its stdin", "stdin_closed")
         return len(self._buffer)
 
     def close_stdin(self) -> None:

@@ -32,7 +32,7 @@ from .reactor import READ, Reactor
 from .registry import Registry
 from .supervisor import Supervisor
 
-CONNECTIONS_MOST = 1000
+CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time
 
 
@@ -57,6 +57,8 @@ class Service:
         self.handle = self.control.handle
         self._feed = feed
         self._connections: set[Connection] = set()
+        left = process.descriptor_limit() - config.max_agents * process.FDS_PER_AGENT - process.FDS_RESERVE // 2
+        self._connections_most = min(CONNECTIONS_MOST, max(process.FDS_RESERVE // 2, left))
         self._dirty: dict[Connection, None] = {}
         self.reactor.end_of_turn = self._end_of_turn
         self._listener: socket.socket | None = None
@@ -188,7 +190,7 @@ class Service:
             self.reactor.after(1.0, lambda: self.reactor.change(self._accepting, READ))
             return
         uid, name = peer_of(sock)
-        if uid not in (os.getuid(), 0) or len(self._connections) >= CONNECTIONS_MOST:
+        if uid not in (os.getuid(), 0) or len(self._connections) >= self._connections_most:
             sock.close()
             return
         sock.setblocking(False)
