@@ -194,9 +194,22 @@ class AgentClient:
     def list(self, status: Optional[str] = None, *, all: bool = False, labels: Optional[Mapping[str, str]] = None,
              limit: Optional[int] = None, offset: int = 0) -> List[AgentInfo]:
         """Return agents, oldest first: the live ones; with `all` or a terminal `status` finished ones too."""
-        message: Json = {"type": "list_agents_request", "all": all, "offset": offset, "filter_status": status,
-                         "labels": dict(labels) if labels else None, "limit": limit}
-        return [AgentInfo.of(item) for item in self.request(message).get("agents", [])]
+        message: Json = {"type": "list_agents_request", "all": all, "filter_status": status,
+                         "labels": dict(labels) if labels else None}
+        return [AgentInfo.of(item) for item in self._listed(message, offset, limit)]
+
+    def _listed(self, message: Json, offset: int, limit: Optional[int]) -> List[Json]:
+        """Ask for a part of the list; for a half at a time where the reply would be too long."""
+        try:
+            found: List[Json] = self.request({**message, "offset": offset, "limit": limit}).get("agents", [])
+            return found
+        except RequestError as e:
+            if e.code != "message_too_large" or limit == 1:
+                raise
+        if limit is None:
+            limit = int(self.request({**message, "offset": offset, "limit": 1})["total"]) - offset
+        half = max(limit // 2, 1)
+        return self._listed(message, offset, half) + self._listed(message, offset + half, max(limit - half, 1))
 
     def agent(self, ref: str) -> Agent:
         """Return the handle of an agent by id, name or prefix; raise `RequestError` when there is not exactly one."""

@@ -59,6 +59,11 @@ class Hints:
         self._look_after = min(self._look_after * 3, self._link.recheck_secs)
         self._look_at = time.monotonic() + after
 
+    def look_soon(self) -> None:
+        """Look again in a moment, then less often: a server drops hints for whom they come too fast."""
+        self._look_after = _FIRST_LOOK
+        self._look_at = min(self._look_at, time.monotonic() + _FIRST_LOOK)
+
     def next(self) -> Optional[Json]:
         """Return the next event; `None` when it is time to look. Raise `RequestTimeout` at the caller's deadline."""
         now = time.monotonic()
@@ -177,10 +182,12 @@ def follow(client: AgentClient, refs: Any, names: Sequence[str], offsets: Mappin
                 return
             event = hints.next()
             stream = streams.get(str(event.get("topic"))) if event else None
-            if event and stream and not stream.done:
-                chunk = stream.pushed(event)
+            if event and stream:
+                chunk = None if stream.done else stream.pushed(event)
                 if chunk:
                     yield stream.agent_id, stream.name, chunk
+                elif event.get("data"):
+                    hints.look_soon()  # it came late, or some before it did not come: nor may the last one
     finally:
         hints.close()
 

@@ -34,6 +34,7 @@ from .wire import (
 PROTOCOL_VERSION = "1.0.0"
 MAX_READ = 4 * 1024 * 1024       # bytes of output in one reply
 DEFAULT_READ = 64 * 1024
+MAX_ITEMS = 10_000               # agents of one batch, topics of one subscription
 
 
 # ---------------------------------------------------------------- what an agent is made of
@@ -146,7 +147,7 @@ class BatchControlCommand:
     type: ClassVar[str] = "batch_control_command"
     reply: ClassVar[str] = "batch_control_response"
     command_type: str = wire(text(64))
-    agent_ids: Optional[List[str]] = wire(list_of(_agent_ref), None)
+    agent_ids: Optional[List[str]] = wire(list_of(_agent_ref, most=MAX_ITEMS), None)
     labels: Optional[Dict[str, str]] = wire(_labels, None)
     payload: Json = wire(mapping, default_factory=dict)
     fail_fast: bool = wire(boolean, False)
@@ -171,7 +172,7 @@ class EventsRequest:
 class SubscribeRequest:
     type: ClassVar[str] = "subscribe_request"
     reply: ClassVar[str] = "subscribe_response"
-    topics: List[str] = wire(list_of(text(512)))
+    topics: List[str] = wire(list_of(text(512), most=MAX_ITEMS))
     since: Optional[int] = wire(whole(), None)
     #: of `topics`, those to answer with their current offset though they are not new on this connection
     announce: List[str] = wire(list_of(text(512)), default_factory=list)

@@ -184,13 +184,15 @@ def one_of(*words: str) -> Check:
     return check
 
 
-def list_of(inner: Check, least: int = 0) -> Check:
-    """A list whose items all pass `inner`."""
+def list_of(inner: Check, least: int = 0, most: int = MAX_MESSAGE) -> Check:
+    """A list of `least` to `most` items that all pass `inner`."""
     def check(value: Any, where: str) -> list[Any]:
         if not isinstance(value, list):
             raise _wrong(where, "a list", value)
         if len(value) < least:
             raise RequestError(f"{where} must have at least {least} item{'s' if least > 1 else ''}")
+        if len(value) > most:
+            raise RequestError(f"{where} has {len(value)} items and may have at most {most}; send several requests")
         try:
             return [inner(item, where) for item in value]
         except RequestError:  # again, to say which one it is
@@ -310,7 +312,6 @@ def wire_text(data: bytes) -> tuple[str, str]:
     except UnicodeDecodeError:
         import binascii
         return binascii.b2a_base64(data, newline=False).decode("ascii"), "base64"
-
 
 
 def new_id() -> str:

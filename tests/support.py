@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -274,6 +275,7 @@ def serve(*flags: str, program: list[str] | None = None, environ: dict[str, str]
     finally:
         process.kill()
         process.wait()
-        import shutil
+        for pid in marked_processes(str(home)):
+            os.kill(pid, signal.SIGKILL)
         for path in (home, scratch(home)):
             shutil.rmtree(path, ignore_errors=True)

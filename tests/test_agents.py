@@ -34,7 +34,8 @@ def reported(wire: Wire, **config: object) -> dict:  # type: ignore[type-arg]
 def test_the_environment_is_an_allow_list(start_server: Callable[..., Server]) -> None:
     allowed = {name: f"value of {name}" for name in ALLOWED - {"PATH", "HOME", "TMPDIR"}}
     server = start_server(environ={
-        **allowed, "HOME": "/root", "LC_ALL": "C.UTF-8", "LC_TIME": "C", "ANTHROPIC_API_KEY": "secret", "SECRET": "secret",
+        **allowed, "HOME": "/root", "LC_ALL": "C.UTF-8", "LC_TIME": "C", "ANTHROPIC_API_KEY": "secret",
+        "SECRET": "secret",
         "PYTHONPATH": str(MAIN.parent.parent), "LD_LIBRARY_PATH": "/tmp", "AGENTSERVER_SERVER_ID": "the-server",
         "AGENTSERVER_REQUEST_TIMEOUT_SECS": "30", "CHOSEN": "1", "ALSO_A": "2", "XLC_ALL": "no", "LCX": "no",
         "AGENTSERVER_PASS_ENVIRONMENT": "TEST_RUN_MARK,CHOSEN,ALSO_*"})
@@ -102,7 +103,8 @@ def test_the_default_directory(start_server: Callable[..., Server], tmp_path: Pa
 # ---------------------------------------------------------------- backends, end to end
 
 @pytest.fixture(scope="module")
-def backend_server(shared_servers: object, tmp_path_factory: pytest.TempPathFactory, run_dir: Path):  # type: ignore[no-untyped-def]
+def backend_server(shared_servers: object, tmp_path_factory: pytest.TempPathFactory,
+                   run_dir: Path):  # type: ignore[no-untyped-def]
     """A server on whose PATH stand-ins for the agent CLIs are."""
     bin_dir = tmp_path_factory.mktemp("bin")
     source = Path(here("claude.py")).read_text()
@@ -128,7 +130,8 @@ def called(server: Server, **config: object) -> tuple[str, dict]:  # type: ignor
 
 
 def test_claude(backend_server: Server) -> None:
-    started, line = called(backend_server, model_backend="claude", task="--fix it", model="opus", system_prompt="be brief",
+    started, line = called(backend_server, model_backend="claude", task="--fix it", model="opus",
+                           system_prompt="be brief",
                            tool_level="read-only", context="ctx")
     assert line["name"] == "claude" and line["stdin"] == "/dev/null" and line["environment"]["AGENT_CONTEXT"] == "ctx"
     argv = line["argv"]
@@ -173,9 +176,11 @@ def test_a_backend_of_the_config_file(backend_server: Server) -> None:
 
 def test_tool_levels_that_cannot_be_enforced_are_refused(backend_server: Server) -> None:
     with LineWire(backend_server.socket_path) as wire:
-        for backend, level in (("claude", "lisp"), ("claude", "nonsense"), ("codex", "researcher"), ("opencode", "minimal"),
+        for backend, level in (("claude", "lisp"), ("claude", "nonsense"), ("codex", "researcher"),
+                               ("opencode", "minimal"),
                                ("aider", "readonly"), ("gemini", "planner"), ("my-tool-cli", "readonly")):
-            wire.refused("bad_request", "spawn_request", config={"model_backend": backend, "task": "x", "tool_level": level})
+            wire.refused("bad_request", "spawn_request",
+                         config={"model_backend": backend, "task": "x", "tool_level": level})
 
 
 def test_a_backend_that_is_not_installed(unix: LineWire) -> None:
@@ -347,3 +352,10 @@ def test_every_status_seen_is_in_the_table(unix: LineWire) -> None:
     moves |= {(end, "running") for end in TERMINAL}  # by way of initializing, in one transaction
     assert set(steps) <= moves, seen
     assert seen[-1] == "terminated" and seen.count("paused") >= 1 and alive(os.getpid())
+
+
+def test_a_later_stop_does_not_put_the_kill_off(unix: LineWire) -> None:
+    stubborn = unix.spawn("stubborn")
+    unix.control(stubborn, "stop", grace_secs=0.5)
+    unix.control(stubborn, "stop", grace_secs=600)
+    assert unix.exit(stubborn)["signal"] == "SIGKILL"

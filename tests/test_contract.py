@@ -25,7 +25,8 @@ def test_health_says_who_answers_and_where(wire: Wire, shared_server: Server) ->
     assert health["healthy"] is True and health["protocol_version"] == "1.0.0"
     assert health["active_agents"] == 0 and health["uptime_secs"] > 0
     metadata = health["metadata"]
-    assert {"server_id", "endpoint", "pub_endpoint", "max_agents", "version", "hostname", "pid", "shell_pid", "core_pid",
+    assert {"server_id", "endpoint", "pub_endpoint", "max_agents", "version", "hostname", "pid", "shell_pid",
+            "core_pid",
             "generation"} <= set(metadata)
     assert all(isinstance(value, str) for value in metadata.values()), metadata
     assert int(metadata["pid"]) == shared_server.process.pid
@@ -225,8 +226,8 @@ def test_restart_keeps_id_and_output_and_counts_attempts(wire: Wire) -> None:
     wire.ended(twice)
     assert wire.output(twice) == b"ready\n"
     assert wire.control(twice, "restart")["attempt"] == 2
-    info = wait_until(lambda: (lambda i: i if i["status"] == "failed" and i["attempt"] == 2 else None)(wire.info(twice)))
-    assert info["id"] == twice
+    wait_until(lambda: wire.info(twice)["attempt"] == 2 and wire.status(twice) == "failed")
+    assert wire.info(twice)["id"] == twice
     assert wire.output(twice) == b"ready\n" * 2, "offsets go on, nothing is reused"
     attempts = wire.control(twice, "inspect")["attempts"]
     assert [a["exit"]["code"] for a in attempts] == [2, 2]
@@ -236,9 +237,8 @@ def test_restart_of_a_living_agent_ends_it_first(wire: Wire) -> None:
     sleeper = wire.spawn("sleeper")
     first = wire.info(sleeper)["pid"]
     wire.control(sleeper, "restart")
-    info = wait_until(lambda: (lambda i: i if i["attempt"] == 2 and i["status"] == "running" else None)(
-        wire.info(sleeper)))
-    assert info["pid"] != first and not alive(first)
+    wait_until(lambda: wire.info(sleeper)["attempt"] == 2 and wire.status(sleeper) == "running")
+    assert wire.info(sleeper)["pid"] != first and not alive(first)
     wire.until_output(sleeper, b"ready\nready\n")
 
 
@@ -430,14 +430,18 @@ def test_unknown_types_and_commands(wire: Wire) -> None:
     {"config": {"command": ["/bin/true"], "environment": ["A=1"]}},
     {"config": {"command": ["/bin/true"], "stdin": "file"}}, {"config": {"command": ["/bin/true"], "labels": {"a": 1}}},
     {"config": {"command": ["/bin/true"], "labels": ["a"]}}, {"config": {"command": ["/bin/true"], "grace_secs": -1}},
-    {"config": {"command": ["/bin/true"], "grace_secs": "10"}}, {"config": {"command": ["/bin/true"], "grace_secs": True}},
-    {"config": {"command": ["/bin/true"], "name": 5}}, {"config": {"command": ["/bin/true"], "limits": {"runtime_secs": 0}}},
+    {"config": {"command": ["/bin/true"], "grace_secs": "10"}},
+    {"config": {"command": ["/bin/true"], "grace_secs": True}},
+    {"config": {"command": ["/bin/true"], "name": 5}},
+    {"config": {"command": ["/bin/true"], "limits": {"runtime_secs": 0}}},
     {"config": {"command": ["/bin/true"], "limits": {"runtime_secs": "1"}}},
     {"config": {"command": ["/bin/true"]}, "metadata": []}, {"config": {"command": ["/bin/true"]}, "timeout_secs": 0},
     {"config": {"command": ["/bin/true"]}, "timeout_secs": "1"},
     # what comes later is refused, not ignored, where ignoring it would hurt
-    {"config": {"command": ["/bin/true"], "pty": {"rows": 24, "cols": 80}}}, {"config": {"command": ["/bin/true"], "queue": True}},
-    {"config": {"command": ["/bin/true"], "stdin": "pty"}}, {"config": {"command": ["/bin/true"], "restart": {"policy": "always"}}},
+    {"config": {"command": ["/bin/true"], "pty": {"rows": 24, "cols": 80}}},
+    {"config": {"command": ["/bin/true"], "queue": True}},
+    {"config": {"command": ["/bin/true"], "stdin": "pty"}},
+    {"config": {"command": ["/bin/true"], "restart": {"policy": "always"}}},
     {"config": {"command": ["/bin/true"], "limits": {"memory_bytes": 10}}},
     {"config": {"command": ["/bin/true"], "tool_level": "readonly"}},
 ], ids=repr)
@@ -472,8 +476,10 @@ def test_odd_request_ids_come_back_as_they_were(wire: Wire) -> None:
 
 
 def test_odd_text_comes_back_as_it_was(wire: Wire) -> None:
-    odd = {"lone": "\ud800", "nul": "\0", "emoji": "🦊", "big": 2 ** 63, "deep": [[[{"a": None}]]], "float": 0.1, "": ""}
-    started = wire.ok("spawn_request", config={"command": agent("sleeper"), "name": "né\ud800", "labels": {"\ud800": "\0"}},
+    odd = {"lone": "\ud800", "nul": "\0", "emoji": "🦊", "big": 2 ** 63, "deep": [[[{"a": None}]]], "float": 0.1,
+           "": ""}
+    started = wire.ok("spawn_request",
+                      config={"command": agent("sleeper"), "name": "né\ud800", "labels": {"\ud800": "\0"}},
                       metadata=odd)["agent_info"]["id"]
     info = wire.info(started)
     assert info["metadata"] == odd and info["name"] == "né\ud800" and info["labels"] == {"\ud800": "\0"}

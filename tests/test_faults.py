@@ -59,7 +59,8 @@ def test_shell_killed_amid_twenty_busy_agents(server: Server, tmp_path: Path) ->
                 back(server, "shell", shell)
                 wait_until(lambda: zmq_answers(server.endpoint), what="the new shell to answer")
                 for each, end in ends.items():
-                    wait_until(lambda: wire.info(each)["output"]["stdout"]["end_offset"] > end, what="an agent to go on")
+                    wait_until(lambda: wire.info(each)["output"]["stdout"]["end_offset"] > end,
+                               what="an agent to go on")
             count = len(answers)
             wait_until(lambda: len(answers) > count, what="the client to go on")
         finally:
@@ -252,7 +253,8 @@ def test_a_core_that_cannot_start_again_says_why(start_server: Callable[..., Ser
 def test_strangers_are_reaped(server: Server) -> None:
     """Orphans of other origin come to a subreaper too; they must not pile up as zombies."""
     with LineWire(server.socket_path) as wire:
-        forker = wire.spawn("", command=["/bin/sh", "-c", "echo ready; for i in 1 2 3 4 5; do (sleep 0.05 &) ; done; sleep 1000"])
+        script = "echo ready; for i in 1 2 3 4 5; do (sleep 0.05 &) ; done; sleep 1000"
+        forker = wire.spawn("", command=["/bin/sh", "-c", script])
         assert wire.ok("stats_request")
         ours = set(server.pids().values())
 

@@ -18,8 +18,8 @@ from wire import LineWire, Wire, ZmqWire, checked, new_id
 SEED = int(os.environ.get("FUZZ_SEED", "20261123"))
 MESSAGES = int(os.environ.get("FUZZ_MESSAGES", "10000"))
 BATCH = 50
-ODD = [None, True, False, 0, -1, 1, 2 ** 31, 2 ** 63, 2 ** 64 - 1, -2 ** 63, 1e308, 0.5, "", "\0", "\ud800", "x" * 300, "é",
-       [], [None], [[]], {}, {"": None}, ["a", 1], {"a": {"b": []}}, "running", "SIGTERM", "*", "../../etc"]
+ODD = [None, True, False, 0, -1, 1, 2 ** 31, 2 ** 63, 2 ** 64 - 1, -2 ** 63, 1e308, 0.5, "", "\0", "\ud800", "x" * 300,
+       "é", [], [None], [[]], {}, {"": None}, ["a", 1], {"a": {"b": []}}, "running", "SIGTERM", "*", "../../etc"]
 
 
 def corpus(ref: str, finished: str) -> list[dict]:  # type: ignore[type-arg]
@@ -29,8 +29,8 @@ def corpus(ref: str, finished: str) -> list[dict]:  # type: ignore[type-arg]
         "write_stdin": {"data": "x", "encoding": "utf-8"}, "read_stdout": {"offset": 0, "max_bytes": 10},
         "read_stderr": {"times": True}, "signal": {"signal": "SIGWINCH"}, "resize": {"rows": 1, "cols": 1},
         "custom_action": {"action": "ping"}, "restart": {}, "query_output": {}, "remove": {}, "kill": {}}
-    spawn = {"command": ["/nonexistent/x", "y"], "name": "n", "environment": {"A": "b"}, "labels": {"a": "b"}, "cwd": "/",
-             "stdin": "pipe", "grace_secs": 1, "limits": {"runtime_secs": 5}, "task": "t", "model": "m"}
+    spawn = {"command": ["/nonexistent/x", "y"], "name": "n", "environment": {"A": "b"}, "labels": {"a": "b"},
+             "cwd": "/", "stdin": "pipe", "grace_secs": 1, "limits": {"runtime_secs": 5}, "task": "t", "model": "m"}
     return [
         {"type": "health_check_request"}, {"type": "stats_request"},
         {"type": "spawn_request", "config": spawn, "timeout_secs": 5, "metadata": {"k": [1]}},
@@ -82,7 +82,8 @@ def mutate_bytes(rng: random.Random, raw: bytes) -> bytes:
         elif how == 3:
             data[place:place] = data[place:place + rng.randrange(40)]
         else:
-            data[place:place] = rng.choice([b"{", b"[", b'"', b"\\", b",", b":", b"}", b"]", b"null", b"1e9", b"\\u0000"])
+            data[place:place] = rng.choice([b"{", b"[", b'"', b"\\", b",", b":", b"}", b"]", b"null", b"1e9",
+                                            b"\\u0000"])
     return bytes(data)
 
 

@@ -1,4 +1,4 @@
-"""What is known is known again: history, outputs, events and counters of ids after a restart; one bad record is one bad record.
+"""What is known is known again: history, outputs and events after a restart; one bad record is one bad record.
 
 Owns:    restarts of a server on the same state directory, and damage to its registry and files in between.
 Runs in: the test process; it edits the sqlite3 file of a server that has ended.
@@ -16,8 +16,8 @@ from typing import Callable
 from support import Server, agent, marked_processes, serve, wait_until
 from wire import LineWire, alive
 
-STABLE = ("id", "name", "status", "created_at", "started_at", "finished_at", "exit", "labels", "metadata", "command", "cwd",
-          "stdin", "attempt", "output", "model_backend", "task")
+STABLE = ("id", "name", "status", "created_at", "started_at", "finished_at", "exit", "labels", "metadata", "command",
+          "cwd", "stdin", "attempt", "output", "model_backend", "task")
 
 
 def stable(info: dict) -> dict:  # type: ignore[type-arg]

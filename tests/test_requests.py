@@ -29,7 +29,8 @@ MALFORMED = {
     "infinity": b'{"type":"health_check_request","request_id":"h","x":-Infinity}',
     "1e999": b'{"type":"health_check_request","request_id":"h","x":1e999}',
     "long integer": b'{"type":"health_check_request","request_id":"h","x":' + b"9" * 5000 + b"}",
-    "bom": b"\xef\xbb\xbf" + HEALTH, "latin-1": '{"type":"é"}'.encode("latin-1"), "utf-16": HEALTH.decode().encode("utf-16"),
+    "bom": b"\xef\xbb\xbf" + HEALTH, "latin-1": '{"type":"é"}'.encode("latin-1"),
+    "utf-16": HEALTH.decode().encode("utf-16"),
     "0xff": b"\xff" * 10, "cut utf-8": b'{"type":"\xe2\x82"}', "surrogate bytes": b'{"type":"\xed\xa0\x80"}',
     "overlong": b'{"type":"\xc0\x80"}', "nul": b"\0", "nuls": b"\0" * 1000, "control character": b'{"type":"a\tb"}',
     "deep lists": b"[" * 100_000, "deep objects": b'{"a":' * 100_000,
@@ -257,3 +258,11 @@ def test_arguments_and_environment_arrive_byte_for_byte(wire: Wire) -> None:
     assert Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[-1 - len(odd):-1] == [o.encode() for o in odd]
     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     assert "ODD=é $HOME\n".encode() in environ and b"EMPTY=" in environ
+
+
+def test_metadata_that_would_not_fit_into_a_reply(unix: LineWire) -> None:
+    """The limit is the reply's: outside ASCII JSON needs twice the bytes. A failed spawn leaves no agent."""
+    unix.send(json.dumps({"type": "spawn_request", "request_id": new_id(), "config": {"command": ["/bin/sleep", "1000"]},
+                          "metadata": {"ballast": "\u6f22" * 2_500_000}}, ensure_ascii=False).encode())
+    assert json.loads(unix.receive())["error_code"] == "message_too_large"
+    assert unix.agents() == []

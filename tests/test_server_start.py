@@ -92,7 +92,8 @@ def test_more_agents_than_descriptors(state_dir: Path) -> None:
     error = refused(state_dir, *PORTS, "--max-agents", "200", program=limited)
     assert "max_agents" in error and "200" in error
     nothing_left(state_dir)
-    code, out, error = serve("--state-dir", str(state_dir), *PORTS, "--max-agents", "10", program=limited, until_ready=True)
+    code, out, error = serve("--state-dir", str(state_dir), *PORTS, "--max-agents", "10", program=limited,
+                             until_ready=True)
     assert code == 0, (out, error)
 
 
@@ -168,7 +169,8 @@ def test_a_state_directory_with_a_long_path(start_server: Callable[..., Server],
 def test_settings_come_from_file_environment_and_flags(start_server: Callable[..., Server], tmp_path: Path) -> None:
     config = tmp_path / "server.ini"
     config.write_text("[server]\nmax_agents = 11\nserver_id = from-file\ngrace_secs = 3\n")
-    server = start_server("--config", str(config), environ={"AGENTSERVER_MAX_AGENTS": "12", "AGENTSERVER_SERVER_ID": "from-env"})
+    server = start_server("--config", str(config),
+                          environ={"AGENTSERVER_MAX_AGENTS": "12", "AGENTSERVER_SERVER_ID": "from-env"})
     assert (server.metadata["max_agents"], server.metadata["server_id"]) == ("12", "from-env")
     server.close()
     server = start_server("--config", str(config), "--max-agents", "13", environ={"AGENTSERVER_MAX_AGENTS": "12"})
@@ -176,7 +178,8 @@ def test_settings_come_from_file_environment_and_flags(start_server: Callable[..
 
 
 @pytest.mark.parametrize("text, words", [
-    ("[server]\nmax_agents = many\n", ["line 2", "max_agents"]), ("[server]\n\nmax_agents = 0\n", ["line 3", "max_agents"]),
+    ("[server]\nmax_agents = many\n", ["line 2", "max_agents"]),
+    ("[server]\n\nmax_agents = 0\n", ["line 3", "max_agents"]),
     ("[server]\nno_such_setting = 1\n", ["line 2", "no_such_setting"]), ("[servr]\n", ["line 1", "servr"]),
     ("max_agents = 5\n", ["line 1"]), ("[server]\nendpoint = tcp://0.0.0.0:1\n", ["line 2", "loopback"]),
     ("[server]\nmax_agents = 5\nmax_agents = 6\n", ["line 3"]), ("[backend x]\nnonsense = 1\n", ["line 2", "nonsense"]),
@@ -216,7 +219,8 @@ def test_serve_without_anybody_to_read_its_output(run_dir: Path) -> None:
     home = short_dir(run_dir)
     read_end, write_end = os.pipe()
     process = subprocess.Popen([sys.executable, str(MAIN), "serve", "--state-dir", str(home), *PORTS], stdout=write_end,
-                               stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env=clean_environ(home), cwd=str(ROOT))
+                               stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL, env=clean_environ(home),
+                               cwd=str(ROOT))
     os.close(write_end)
     os.close(read_end)
     try:

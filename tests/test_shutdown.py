@@ -16,7 +16,8 @@ from support import Server, agent, wait_until
 from wire import LineWire, ZmqWire, alive
 
 
-def history(start_server: Callable[..., Server], server: Server, refs: list[str]) -> list[dict]:  # type: ignore[type-arg]
+def history(start_server: Callable[..., Server], server: Server,
+            refs: list[str]) -> list[dict]:  # type: ignore[type-arg]
     """Return what the next server on the same directory knows of these agents."""
     again = start_server(state_dir=server.state_dir)
     with LineWire(again.socket_path) as wire:
@@ -34,7 +35,8 @@ def test_everything_ends_well(start_server: Callable[..., Server], how: str) -> 
     server = start_server()
     with LineWire(server.socket_path) as wire:
         refs = [wire.spawn("sleeper"), wire.spawn("catcher", 1, 0), wire.spawn("stubborn", grace_secs=0.3),
-                wire.spawn("tree", 2, 2), wire.spawn("daemoniser", "wait", "clear", grace_secs=0.3), wire.spawn("sleeper")]
+                wire.spawn("tree", 2, 2), wire.spawn("daemoniser", "wait", "clear", grace_secs=0.3),
+                wire.spawn("sleeper")]
         wire.control(refs[5], "pause")
         pids = [wire.info(ref)["pid"] for ref in refs] + json.loads(wire.lines(refs[3], 2)[1])
         pids.append(int(wire.lines(refs[4], 2)[1]))

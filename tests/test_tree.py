@@ -104,7 +104,8 @@ def test_the_rest_ends_when_the_leader_ends_by_itself(unix: LineWire) -> None:
 def test_a_daemon_is_ended_and_named(unix: LineWire, end: str, environment: str) -> None:
     """Double-forked, its own session, SIGTERM ignored, stdio closed, even its environment cleared."""
     limits = {"runtime_secs": 1.0} if end == "limit" else None
-    daemoniser = unix.spawn("daemoniser", "exit" if end == "exit" else "wait", environment, grace_secs=0.3, limits=limits)
+    daemoniser = unix.spawn("daemoniser", "exit" if end == "exit" else "wait", environment, grace_secs=0.3,
+                            limits=limits)
     daemon = int(unix.lines(daemoniser, 2)[1])
     if end in ("stop", "kill"):
         unix.control(daemoniser, end)

@@ -4,8 +4,8 @@ Owns:    `LineWire` and `ZmqWire`, and what both can do with an agent; none of i
 Runs in: the test process.
 Unaware: of pytest and of how a server is started.
 
-Every reply is checked for what the protocol promises of each reply: its type, its request id, and a sentence and a known
-code where it failed.
+Every reply is checked for what the protocol promises of each reply: its type, its request id, and a sentence and a
+known code where it failed.
 """
 from __future__ import annotations
 
@@ -193,9 +193,10 @@ class Wire:
 
     def lines(self, ref: str, count: int) -> list[str]:
         """Return the first `count` complete lines of stdout once they are there."""
-        text = wait_until(lambda: (lambda t: t if t.count(b"\n") >= count else b"")(self.so_far(ref)[0]),
-                          what=f"{count} lines")
-        return text.decode().splitlines()[:count]
+        def enough() -> bytes:
+            text, _ = self.so_far(ref)
+            return text if text.count(b"\n") >= count else b""
+        return wait_until(enough, what=f"{count} lines").decode().splitlines()[:count]
 
 
 class LineWire(Wire):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HEAD = ("ID", "NAME", "STATUS", "AGE", "COMMAND")
 LAST_LINES = 5
+LONGEST = 500         # columns of a command or a line of output in `why`
 
 
 # ---------------------------------------------------------------- ps
@@ -180,10 +181,11 @@ def why(given: Namespace) -> int:
         out.document({"agent_id": about.id, "name": about.name, "status": about.status,
                       "exit": about.exit.raw if about.exit else None, "sentences": told, "last_output": last})
         return 0
-    head = f"Agent {connect.label(about)} ({show.clean(what(about))}) is {about.status}."
+    state = "has failed" if about.status == "failed" else f"is {about.status}"
+    head = f"Agent {connect.label(about)} ({show.cut(show.clean(what(about)), LONGEST)}) {state}."
     show.say(head, *map(show.clean, told))
     for stream, shown in last.items():
-        show.say(f"The last of its {stream}:", *("  " + show.clean(line) for line in shown))
+        show.say(f"The last of its {stream}:", *("  " + show.cut(show.clean(line), LONGEST) for line in shown))
     return 0
 
 

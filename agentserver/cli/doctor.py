@@ -236,8 +236,9 @@ def reachable(given: Namespace) -> tuple[Finding, int]:
             finding = Finding("server", GOOD, f"{client.address} answers, version {found.metadata.get('version', '?')}")
             return finding, int(keeper) if keeper.isdigit() else 0
     except AgentServerError as e:
-        return Finding("server", LACKING, str(e), "the other commands have nobody to talk to",
-                       "start one: agentserver serve"), 0
+        told, _, mend = str(e).partition("; start one with: ")
+        return Finding("server", LACKING, told, "the other commands have nobody to talk to",
+                       f"start one: {mend or 'agentserver serve'}"), 0
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"doctor": doctor}

@@ -10,12 +10,12 @@ from argparse import Namespace
 from collections import deque
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, Tuple
 
-from . import connect, exits, pieces, show
+from . import connect, pieces
 from .pieces import Piece
 
 if TYPE_CHECKING:
     from ..client import Agent, AgentClient
-    from ..results import AgentInfo, Chunk
+    from ..results import AgentInfo
 
 CHUNK = 256 * 1024
 #: (agent id, stream) -> the offset up to which it was shown
@@ -86,17 +86,11 @@ def _stream(agent: Agent, stream: str, begin: int, end: int) -> Iterator[Piece]:
     at = begin
     while at < end:
         chunk = agent.read(stream, offset=at, max_bytes=min(end - at, CHUNK), times=True)
-        _tell_gap(agent.id, stream, chunk)
+        pieces.tell_gap(agent.id, stream, chunk)
         if not chunk.data:
             return
         yield from pieces.of_chunk(agent.id, stream, chunk)
         at = chunk.next_offset
-
-
-def _tell_gap(agent_id: str, stream: str, chunk: Chunk) -> None:
-    if chunk.dropped:
-        exits.note(f"{show.size(chunk.dropped)} of {stream} of {agent_id[:8]} are missing here: the oldest output "
-                   "goes when an agent's cap is reached")
 
 
 # ---------------------------------------------------------------- what is coming
@@ -106,7 +100,7 @@ def _coming(client: AgentClient, ids: list[str], streams: tuple[str, ...], reach
     import time
     left = None if limit is None else max(limit - time.monotonic(), 0.001)
     for agent_id, stream, chunk in client.follow(ids, streams=streams, offsets=reached, timeout=left):
-        _tell_gap(agent_id, stream, chunk)
+        pieces.tell_gap(agent_id, stream, chunk)
         yield from pieces.of_chunk(agent_id, stream, chunk)
 
 

@@ -10,7 +10,7 @@ import heapq
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 from ..results import Chunk
-from . import out, show
+from . import exits, out, show
 
 LONGEST_LINE = 64 * 1024  # of a longer one the parts are shown as lines: nothing is held back without a bound
 _PALETTE = ("cyan", "yellow", "green", "magenta")
@@ -37,6 +37,13 @@ def of_chunk(agent_id: str, stream: str, chunk: Chunk) -> Iterator[Piece]:
     if at < chunk.next_offset:
         time = str(chunk.raw.get("timestamp") or (chunk.times[-1][0] if chunk.times else ""))
         yield Piece(agent_id, stream, time, at, chunk.data[at - chunk.offset:])
+
+
+def tell_gap(agent_id: str, stream: str, chunk: Chunk) -> None:
+    """Say on stderr that bytes before a chunk are no longer kept."""
+    if chunk.dropped:
+        exits.note(f"{show.size(chunk.dropped)} of {stream} of {agent_id[:8]} are missing here: the oldest output "
+                   "goes when an agent's cap is reached")
 
 
 def in_order(streams: Iterable[Iterable[Piece]]) -> Iterator[Piece]:

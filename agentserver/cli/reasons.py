@@ -159,7 +159,7 @@ def _doing(info: AgentInfo, now: float) -> str:
     age = since(info.started_at or info.created_at, now)
     if info.status == "paused":
         how = f" ({info.pause_mode})" if info.pause_mode else ""
-        return f"It is paused{how} since {since(info.paused_at, now)}{process}; `resume` lets it go on."
+        return f"It is paused{how}, for {since(info.paused_at, now)} now{process}; `resume` lets it go on."
     if info.status == "idle":
         return f"It waits for {age} to be started."
     if info.status == "initializing":

@@ -13,7 +13,7 @@ from argparse import Namespace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Callable
 
-from ..errors import AgentServerError, RequestTimeout
+from ..errors import AgentServerError, LinkError, RequestTimeout
 from ..results import AgentInfo
 from . import connect, exits, out, pieces, show, spawn
 
@@ -41,9 +41,13 @@ def run(given: Namespace) -> int:
             ended = _accompany(client, given, info, limit)
         except RequestTimeout as e:
             raise RequestTimeout(f"{e}; the agent goes on as {agent.id}") from None
+        except LinkError as e:
+            raise LinkError(f"the server went away while the agent {agent.id} ran: {e}; when it is back, `agentserver "
+                            f"why {agent.id[:8]}` tells what became of the agent", e.code, e.reply) from None
         except BrokenPipeError:
             if show.is_terminal(2):
-                exits.note(f"nobody reads the output any more; the agent goes on as {agent.id}")
+                exits.note(f"nobody reads the output any more; the agent goes on as {agent.id}, until "
+                           f"it ends or: agentserver kill {agent.id[:8]}")
             raise
     if given.json:
         out.document({"type": "ended", "agent_info": ended.raw})
@@ -78,6 +82,7 @@ def _to_the_end(client: AgentClient, given: Namespace, agent_id: str, limit: flo
     while True:
         for _, stream, chunk in client.follow([agent_id], offsets=reached, timeout=_left(limit)):
             reached[stream] = chunk.next_offset
+            pieces.tell_gap(agent_id, stream, chunk)
             if given.json:
                 pieces.write_json(pieces.of_chunk(agent_id, stream, chunk))
             else:

@@ -54,7 +54,14 @@ def _counters(raw: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _counters(value, f"{prefix}{name} ")
         elif value is not None:
-            yield (prefix + name).replace("_", " "), _counted(name, value)
+            yield _title(prefix + name), _counted(name, value)
+
+
+def _title(name: str) -> str:
+    """Return a counter's name for people, without the unit that its value is shown with."""
+    for unit in ("_bytes", "_secs"):
+        name = name[:-len(unit)] if name.endswith(unit) else name
+    return name.replace("_", " ")
 
 
 def _counted(name: str, value: Any) -> str:

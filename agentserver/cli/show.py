@@ -98,6 +98,7 @@ def cut(text: str, columns: int) -> str:
     """Return the text, shortened with an ellipsis to fit into so many columns."""
     if width(text) <= columns:
         return text
+    text = text[:max(columns - 1, 0)]  # a character has a column or more, but for combining ones, which may go
     while text and width(text) > columns - 1:
         text = text[:-1]
     return text + "…"

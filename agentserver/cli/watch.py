@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from ..wire import MAX_INT
 from . import agents, connect, out, show
 from .exits import OK, UsageError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ..client import AgentClient
 
 QUIET_SECS = 0.1  # between two lists, however much happens
-_HOME_AND_CLEAR = b"\033[H\033[2J\033[3J"
+_HOME_AND_CLEAR = b"\033[H\033[2J"  # not 3J: what scrolled away before is not ours
 
 
 def watch(given: Namespace) -> int:
@@ -49,9 +50,4 @@ def _draw(client: AgentClient, given: Namespace) -> int:
 
 def last_sequence(client: AgentClient) -> int:
     """Return the number of the newest event."""
-    since = 0
-    while True:
-        page = client.events(since=since, limit=10_000)
-        since = max(since, page.next)
-        if not page.more:
-            return since
+    return client.events(since=MAX_INT, limit=1).next

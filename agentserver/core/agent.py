@@ -15,11 +15,16 @@ from .output import OutputLog
 if TYPE_CHECKING:
     from .run import Run
 
-#: fields of a record as they are stored; anything else in a stored record is kept in `unknown`
-STORED = ("name", "model_backend", "task", "command", "cwd", "stdin", "finish", "grace_secs", "runtime_secs",
-          "labels", "metadata", "status", "want", "attempt", "pid", "start", "boot", "created_at", "started_at",
-          "finished_at", "paused_at", "pause_mode", "exit", "began", "ending", "signalled",
-          "stdin_file", "stdin_end", "stdin_closing")
+_NONE, _NUMBER = type(None), (int, float)
+_TIME = (*_NUMBER, _NONE)
+#: fields of a record as they are stored, and of which types; anything else in a stored record is kept in `unknown`
+STORED: dict[str, Any] = {
+    "name": str, "model_backend": str, "task": str, "command": list, "cwd": str, "stdin": str, "finish": str,
+    "grace_secs": _NUMBER, "runtime_secs": _TIME, "labels": dict, "metadata": dict, "status": str, "want": str,
+    "attempt": int, "pid": (int, _NONE), "start": (int, _NONE), "boot": str, "created_at": _NUMBER,
+    "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
+    "began": _NUMBER, "ending": (dict, _NONE), "signalled": dict,
+    "stdin_file": int, "stdin_end": int, "stdin_closing": bool}
 
 
 class Agent:
@@ -72,6 +77,14 @@ class Agent:
     def record(self) -> Json:
         """Return what is stored, with the fields that another version wrote."""
         return {**self.unknown, **{key: getattr(self, key) for key in STORED}}
+
+    def check(self) -> None:
+        """Raise `ValueError` for a record from the registry that cannot be what we wrote."""
+        for key, types in STORED.items():
+            if not isinstance(getattr(self, key), types):
+                raise ValueError(f"its {key} is {getattr(self, key)!r:.60}")
+        if self.status not in lifecycle.ALIVE | lifecycle.TERMINAL:
+            raise ValueError(f"its status is {self.status!r:.60}")
 
     # ------------------------------------------------------------ status
 

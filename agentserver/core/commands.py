@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 from .. import messages as m
 from ..errors import RequestError
-from ..wire import Json, from_rfc3339, read, rfc3339, wire_text
+from ..wire import Json, encode_text, from_rfc3339, read, rfc3339, wire_text
 from . import process, tree
 from .agent import Agent
 from .facts import Facts
@@ -152,6 +152,7 @@ class Commands:
         data, end = got.data, agent.output.span(stream)[1]
         if not (over and got.next_offset == end):
             data = data[:whole_characters(data)]
+        data = self._fitting(data)
         next_offset = got.offset + len(data)
         if offset is None:
             agent.cursors[stream] = next_offset
@@ -166,6 +167,13 @@ class Commands:
             step = 1 + len(times) // TIMES_MOST  # the last of each step: it says when all before it was there
             reply["times"] = [[rfc3339(at), stop] for at, stop in times[::-1][::step][::-1]]
         return reply
+
+    def _fitting(self, data: bytes) -> bytes:
+        """Return of `data` what fits into one reply: control characters grow sixfold in JSON."""
+        most = self._supervisor.config.message_bytes // 8
+        if len(data) <= most or len(encode_text(wire_text(data)[0])) <= 6 * most:
+            return data
+        return data[:whole_characters(data[:most])]
 
     def _standing(self, agent: Agent, stream: str) -> int:
         if agent.run is not None and agent.run.is_open(stream):

@@ -57,7 +57,7 @@ class Connection:
         self._sock, self.name, self._desk = sock, name, desk
         self._lines: framing.LineDecoder | None = framing.LineDecoder(desk.message_bytes)
         self._frames = framing.FrameDecoder(MAX_WIRE)
-        self._inbox: Deque[tuple[int, bytes, bytes | None]] = deque()
+        self._inbox: Deque[tuple[int, Peer, bytes | None]] = deque()
         self._out: Deque[memoryview | bytes] = deque()
         self._unsent = 0
         self._eof = False    # the peer sends nothing more; it may still want its replies
@@ -81,7 +81,7 @@ class Connection:
                 data = b""
             try:
                 self._take(data)
-            except (framing.FramingError, ValueError):  # a stream that makes no sense any more
+            except framing.FramingError:  # a stream that makes no sense any more
                 self.close()
                 return
             if self._watch.active:
@@ -97,14 +97,14 @@ class Connection:
             if data.startswith(framing.PREFACE) and not self._inbox:
                 self._lines, data = None, data[len(framing.PREFACE):]
             else:
-                self._inbox.extend((0, b"", line) for line in self._lines.feed(data))
+                self._inbox.extend((0, self._peer(b""), line) for line in self._lines.feed(data))
                 return
         for tag, header, body in self._frames.feed(data):
             if tag == 0:
-                self.shell = dict(json.loads(header))
+                self.shell = _facts(header)
                 self._desk.hello(self.shell)
             else:
-                self._inbox.append((tag, header, body))
+                self._inbox.append((tag, self._peer(header), body))
 
     def _become_channel(self) -> None:
         """Hand the socket to the service: a keeper is at the other end."""
@@ -117,8 +117,8 @@ class Connection:
         for _ in range(PER_TURN):
             if not self._inbox or self._unsent > UNSENT_MOST:
                 break
-            tag, header, body = self._inbox.popleft()
-            reply = self._desk.handle(body, self._peer(header))
+            tag, peer, body = self._inbox.popleft()
+            reply = self._desk.handle(body, peer)
             self._send(reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply))
         self._desk.dirty(self)
 
@@ -131,7 +131,7 @@ class Connection:
         """Return who asks: this connection's own user, or whom the shell names beside the message."""
         peer = self._peers.get(header)
         if peer is None:
-            name = str(json.loads(header).get("name") or self.name) if header else self.name
+            name = str(_facts(header).get("name") or self.name) if header else self.name
             may_listen = self._lines is not None or (self.shell or {}).get("role") == "monitor"
             peer = Peer(name, self if may_listen else None)
             if len(self._peers) < 1000:
@@ -193,3 +193,14 @@ class Connection:
             self._out.clear()
             self._inbox.clear()
             self._desk.gone(self)
+
+
+def _facts(header: bytes) -> Json:
+    """Return the JSON object in the header of a frame, or raise `FramingError`: no agent may end us by a line."""
+    try:
+        facts = json.loads(header)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise framing.FramingError("the header of a frame is no JSON object")
+    return facts

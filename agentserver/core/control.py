@@ -48,6 +48,7 @@ class Control:
         self._on_shutdown, self._on_reload, self._limit, self._say = on_shutdown, on_reload, limit, say
         self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
         self._commands = Commands(supervisor, facts)
+        self.remembers = False  # this turn has done something whose reply must not leave before it is on disk
         self._handlers: dict[str, Callable[[Any, Json, Peer], Json | Done]] = {
             "health_check_request": self._health, "stats_request": self._statistics,
             "spawn_request": self._spawn, "list_agents_request": self._list,
@@ -87,7 +88,7 @@ class Control:
         if len(reply) > self._limit:
             reply = _failure(reply_type, request_id, f"the reply would have {len(reply)} bytes and at most "
                              f"{self._limit} are allowed; ask for less at once", "message_too_large")
-        if b'"success":false' in reply[:300]:
+        if b'"success":false' in reply[:1024]:
             self._failed(obj)
         return reply
 
@@ -110,6 +111,7 @@ class Control:
             return before.reply
         reply, agent_id, changed = self._do(request, obj, peer)
         if changed:
+            self.remembers = True
             self._registry.remember(request_id, digest, reply, agent_id)
         return reply
 
@@ -215,7 +217,8 @@ class Control:
         if peer.subscriber is None:
             raise RequestError("subscribe_request is for the Unix socket; over ZeroMQ subscribe to the topic on the "
                                "publishing endpoint that health_check_request tells")
-        new = [topic for topic in request.topics if topic not in peer.subscriber.topics]
+        before = frozenset(peer.subscriber.topics)
+        new = [topic for topic in request.topics if topic not in before]
         self._feed.subscribe(peer.subscriber, request.topics)
         if request.since is not None:
             self._feed.replay(peer.subscriber, request.since)

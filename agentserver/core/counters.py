@@ -24,7 +24,8 @@ class Counters:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         size = _HEAD + _NUMBER.size * len(NAMES)
         try:
-            os.ftruncate(fd, size)
+            if os.fstat(fd).st_size < size:  # written, not truncated: a hole is a SIGBUS on a full disk
+                os.pwrite(fd, bytes(size), 0)
             self._map = mmap.mmap(fd, size)
         finally:
             os.close(fd)

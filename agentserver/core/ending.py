@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM
-from typing import Callable
+from typing import Callable, Iterable
 
 from ..wire import Json, rfc3339
 from . import lifecycle, process, tree
@@ -21,8 +21,10 @@ from .lastwords import LastWords
 from .process import Ended
 from .reactor import Reactor
 from .run import Run
+from .tree import Proc
 
 AGAIN_SECS = 1.0  # SIGKILL is repeated at this pace while something of a tree is left (D state, fork races)
+LEAKED_MOST = 1000  # of a tree that are named in an exit record
 LEFTOVER_SECS = 5.0  # the end is recorded after this time though something unkillable is left
 
 
@@ -77,7 +79,11 @@ class Ending:
         assert agent.ending is not None
         self._family.signal(agent, SIGTERM)
         self._family.signal(agent, SIGCONT)  # a stopped process acts on SIGTERM only when it goes on (signal(7))
-        self._next(agent, "kill", agent.ending["grace_secs"])
+        now = self._reactor.clock()
+        latest = now + agent.ending["grace_secs"]
+        kill_at = min(agent.ending.get("kill_at", latest), latest)
+        agent.ending = {**agent.ending, "kill_at": kill_at}  # a later stop cannot put the SIGKILL off
+        self._next(agent, "kill", kill_at - now)
 
     def kill(self, agent: Agent, reason: str = "kill", by: str | None = None) -> None:
         """SIGKILL the whole tree, and again while something of it is left."""
@@ -92,9 +98,7 @@ class Ending:
         """Note who is alive beside the leader, while there is still a command line to read."""
         run = agent.run
         assert run is not None
-        for proc in self._family.members([agent])[agent.id]:
-            if proc.pid not in run.leaked:
-                run.leaked[proc.pid] = tree.command_of(proc.pid)
+        _note(run, self._family.members([agent])[agent.id])
 
     # ------------------------------------------------------------ the exit
 
@@ -159,8 +163,8 @@ class Ending:
         if not left:
             self._finish(agent)
             return
+        _note(run, left)
         for proc in left:
-            run.leaked.setdefault(proc.pid, tree.command_of(proc.pid))
             tree.send(proc, SIGKILL)
         if run.limit is not None:
             run.limit.cancel()
@@ -185,6 +189,12 @@ class Ending:
         if agent.run is not None:
             agent.run.close()
             agent.run = None
+
+
+def _note(run: Run, procs: Iterable[Proc]) -> None:
+    for proc in procs:
+        if proc.pid not in run.leaked and len(run.leaked) < LEAKED_MOST:
+            run.leaked[proc.pid] = tree.command_of(proc.pid)
 
 
 def verdict(agent: Agent, run: Run, clock: float) -> tuple[str, Json]:

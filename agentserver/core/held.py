@@ -42,14 +42,15 @@ class Held:
     def hear(self, word: Json) -> None:
         """Do what the core asks: hold, release, or forget an end."""
         if "hold" in word:
-            for name, fd in zip(word["names"], word["fds"]):
+            self._fds.setdefault(word["hold"], {})
+            for name, fd in zip(word["names"], word.get("fds", ())):
                 self._hold(word["hold"], name, fd)
             self._tell()
         elif "release" in word:
             held = self._fds.get(word["release"], {})
             for name in word["names"] or list(held):
                 self._release(word["release"], name)
-            if not held:
+            if not word["names"]:  # else it is still there, though it may have closed all its streams
                 self._fds.pop(word["release"], None)
             self._tell()
         elif "known" in word:

@@ -35,9 +35,8 @@ from .renew import become, restore, stamp
 
 BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a part that does not come up is started again
 LEAST_LIFE_SECS = 0.1        # a part that got ready and lived so long is started again at once
+FDS_PER_AGENT, FDS_RESERVE = process.FDS_PER_AGENT, process.FDS_RESERVE
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
-FDS_PER_AGENT = 6            # three pipes, two segments, one index
-FDS_RESERVE = 100            # sockets, some clients, registry, logs
 
 
 class Part:
@@ -59,6 +58,7 @@ class Part:
 
     def start(self, word: Json) -> None:
         """Start the process and tell it `word`."""
+        self.began = time.monotonic()
         ours, theirs = socket.socketpair()
         log = os.open(os.path.join(self._config.state_dir, self.name + ".log"),
                       os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -67,7 +67,7 @@ class Part:
         finally:
             theirs.close()
             os.close(log)
-        self.channel, self.ready, self.failed, self.began = Channel(ours), {}, "", time.monotonic()
+        self.channel, self.ready, self.failed = Channel(ours), {}, ""
         self.ours = True
         self.channel.send(word)
 
@@ -211,7 +211,13 @@ class Keeper:
         for part in self._parts:
             succeeded = part is self._core and self._next is not None
             if not part.pid and not succeeded and time.monotonic() >= part.again_at:
-                self._start(part)
+                try:
+                    self._start(part)
+                except OSError as e:  # no memory, or Python itself is being replaced: nothing to end the others for
+                    part.dead()
+                    self._say(f"the {part.name} cannot be started: {e}; trying again")
+                    if self._stopping and part is self._core:
+                        raise StartError(f"the {part.name} cannot be started to end what a dead one left: {e}") from e
 
     def _announce(self) -> None:
         """Say once where the server listens."""

@@ -22,6 +22,8 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 from ..errors import RequestError
 
 T = TypeVar("T")
+FDS_PER_AGENT = 7   # three pipes, what waits for stdin, two segments, one index
+FDS_RESERVE = 100   # half for sockets, registry and logs, half for clients, who may have what is left over too
 _DEFAULT_SIGNALS = sorted(set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP})
 _WORDS = {"interrupt": "INT", "terminate": "TERM", "hangup": "HUP", "continue": "CONT", "abort": "ABRT"}
 
@@ -197,6 +199,9 @@ def _in_directory(cwd: str, argv: Sequence[str], environment: Mapping[str, str],
             return _with_limit(nofile, program, argv, environment, actions)
         except OSError as e:
             raise RequestError(_why_not(e, program, argv, environment), "spawn_failed") from None
+        except UnicodeEncodeError as e:
+            raise RequestError(f"the server's locale cannot express an argument or a variable ({e.encoding}); start "
+                               "it with a UTF-8 locale", "spawn_failed") from None
     finally:
         os.fchdir(home)
         os.close(home)

@@ -14,6 +14,7 @@ import selectors
 import signal
 import socket
 import time
+import traceback
 from typing import Callable
 
 READ = selectors.EVENT_READ
@@ -50,6 +51,7 @@ class Reactor:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.end_of_turn: Callable[[], None] = lambda: None
+        self.say: Callable[[str], None] = lambda sentence: None
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = 0
@@ -112,7 +114,10 @@ class Reactor:
             timer = heapq.heappop(self._timers)[2]
             call, timer.call = timer.call, None
             if call is not None:
-                call()
+                try:
+                    call()
+                except Exception:
+                    self.say("a deadline failed and is dropped: " + traceback.format_exc())
 
     # ------------------------------------------------------------ signals
 
@@ -127,7 +132,10 @@ class Reactor:
         for number in dict.fromkeys(self._wake_in.recv(4096)):
             call = self._signals.get(number)
             if call is not None:
-                call()
+                try:
+                    call()
+                except Exception:
+                    self.say("a deadline failed and is dropped: " + traceback.format_exc())
 
     # ------------------------------------------------------------ the loop
 
@@ -144,7 +152,7 @@ class Reactor:
             if watch.bulk:
                 self._bulk[watch.fd] = watch
             elif watch.active:
-                watch.call(mask)
+                self._call(watch, mask)
         if self._timers:
             self._run_timers()
         if self._bulk:
@@ -157,9 +165,17 @@ class Reactor:
         for fd in list(self._bulk):
             watch = self._bulk.pop(fd, None)
             if watch is not None and watch.active:
-                watch.call(READ)
+                self._call(watch, READ)
                 if self.clock() >= until:
                     return
+
+    def _call(self, watch: Watch, mask: int) -> None:
+        """Call whom a descriptor belongs to. A mistake of ours there costs that descriptor, never the loop."""
+        try:
+            watch.call(mask)
+        except Exception:
+            self.say("a descriptor's handler failed and is not called again: " + traceback.format_exc())
+            self.unwatch(watch)
 
     def stop(self) -> None:
         """Leave `run` after this turn."""

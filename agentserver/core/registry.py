@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
-from ..errors import StartError
+from ..errors import RequestError, StartError
 from ..wire import Json, encode_text
 from ..wire import decode as decode_json
 
@@ -65,6 +66,8 @@ class Registry:
     def _open(self, path: str) -> sqlite3.Connection:
         try:
             return self._connect(path)
+        except sqlite3.OperationalError as e:  # a full disk, a lock, no descriptor: nothing is wrong with the file
+            raise StartError(f"the registry {os.path.abspath(path)} cannot be opened: {e}") from None
         except sqlite3.DatabaseError as e:
             aside = f"{path}.unreadable-{int(self._now())}"
             for suffix in ("", "-wal", "-shm"):
@@ -85,8 +88,13 @@ class Registry:
         if version > SCHEMA_VERSION:
             db.close()
             raise sqlite3.DatabaseError(f"it was written by a newer version (schema {version})")
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        if version < SCHEMA_VERSION:
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        # a damaged page is found now, not when it is needed
+        db.execute("SELECT total(length(CAST(record AS BLOB))) FROM agents").fetchone()
+        db.execute("SELECT max(sequence) FROM events").fetchone()
+        db.execute("PRAGMA busy_timeout = 50")  # ms; from here on the loop waits with us
         return db
 
     # ------------------------------------------------------------ the queue and the transaction
@@ -118,10 +126,16 @@ class Registry:
             self.trouble = ""
         return True
 
-    def _one(self, sql: str, *values: Any) -> Any:
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
         self.commit()
-        row = self._db.execute(sql, values).fetchone()
-        return row[0] if row else None
+        try:
+            return self._db.execute(sql, values).fetchall()
+        except sqlite3.Error as e:
+            raise RequestError(f"the registry cannot be read: {e}", "unavailable") from None
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        rows = self._rows(sql, *values)
+        return rows[0][0] if rows else None
 
     # ------------------------------------------------------------ meta
 
@@ -146,11 +160,11 @@ class Registry:
 
     def agents(self) -> Iterator[tuple[str, Json]]:
         """Yield (id, record) of every agent, oldest first; those that cannot be read are put aside."""
-        for agent_id, record in self._db.execute("SELECT id, record FROM agents ORDER BY created, id").fetchall():
+        for agent_id, record in self._rows("SELECT id, CAST(record AS BLOB) FROM agents ORDER BY created, id"):
             try:
-                yield agent_id, decode_json(record.encode())
+                yield agent_id, _decoded(record)
             except Exception as e:
-                self.quarantine(agent_id, str(e), str(record))
+                self.quarantine(agent_id, str(e), (record or b"").decode("utf-8", "replace"))
 
     def quarantine(self, agent_id: str, why: str, content: str) -> None:
         """Put one unreadable record aside, so that everything else loads."""
@@ -160,8 +174,8 @@ class Registry:
 
     def spec(self, agent_id: str) -> Json:
         """Return what an agent was spawned with, environment values included."""
-        found = self._one("SELECT spec FROM agents WHERE id = ?", agent_id)
-        return decode_json(found.encode()) if found else {}
+        found = self._one("SELECT CAST(spec AS BLOB) FROM agents WHERE id = ?", agent_id)
+        return _decoded(found) if found else {}
 
     def spawned_by(self, request_id: str) -> str:
         """Return the id of the agent that a spawn request made, or ""."""
@@ -179,9 +193,8 @@ class Registry:
 
     def attempts(self, agent_id: str) -> list[Json]:
         """Return the attempts of an agent, first to last."""
-        self.commit()
-        rows = self._db.execute("SELECT record FROM attempts WHERE agent_id = ? ORDER BY attempt", (agent_id,))
-        return [decode_json(row[0].encode()) for row in rows]
+        rows = self._rows("SELECT CAST(record AS BLOB) FROM attempts WHERE agent_id = ? ORDER BY attempt", agent_id)
+        return [_decoded(row[0]) for row in rows]
 
     # ------------------------------------------------------------ requests that were done
 
@@ -192,10 +205,8 @@ class Registry:
 
     def recall(self, request_id: str) -> Remembered | None:
         """Return what was remembered of a request."""
-        self.commit()
-        row = self._db.execute("SELECT digest, reply FROM requests WHERE request_id = ?",
-                               (_key(request_id),)).fetchone()
-        return Remembered(row[0], row[1]) if row else None
+        rows = self._rows("SELECT digest, reply FROM requests WHERE request_id = ?", _key(request_id))
+        return Remembered(*rows[0]) if rows else None
 
     # ------------------------------------------------------------ events
 
@@ -208,11 +219,9 @@ class Registry:
 
     def events(self, since: int, limit: int, agent_id: str | None = None) -> list[str]:
         """Return up to `limit` events after `since`, as JSON text."""
-        self.commit()
         where, values = ("AND agent_id = ?", (since, agent_id, limit)) if agent_id else ("", (since, limit))
-        rows = self._db.execute(
-            f"SELECT message FROM events WHERE sequence > ? {where} ORDER BY sequence LIMIT ?", values)
-        return [row[0] for row in rows]
+        return [row[0] for row in self._rows(
+            f"SELECT message FROM events WHERE sequence > ? {where} ORDER BY sequence LIMIT ?", *values)]
 
     @property
     def first_kept(self) -> int:
@@ -234,7 +243,11 @@ class Registry:
         """Move what was committed from the log into the database: milliseconds, so when nobody waits."""
         if self._written:
             self._written = False
-            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            try:
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            except sqlite3.Error as e:  # a full disk: what was committed stays in the log
+                self._say(f"the registry's log cannot be moved into it: {e}; trying again later")
+                self._written = True
 
     def close(self) -> None:
         """Commit and let go of the file."""
@@ -260,3 +273,8 @@ def check_registry(path: str) -> None:
 def _key(request_id: str) -> str:
     """Return a request id as column text: JSON may hold lone surrogates, which sqlite's UTF-8 cannot."""
     return encode_text(request_id)
+
+
+def _decoded(stored: bytes) -> Json:
+    """Return what we stored; it may be larger than any message, because escapes have grown it."""
+    return decode_json(stored, limit=sys.maxsize)

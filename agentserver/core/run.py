@@ -15,7 +15,7 @@ from typing import Callable, Protocol
 
 from .counters import Counters
 from .feed import Feed
-from .output import OutputLog
+from .output import OutputLog, OutputRead
 from .process import Child, Ended
 from .reactor import READ, Reactor, Timer, Watch
 from .stdin import Stdin
@@ -99,11 +99,18 @@ class Run:
         start = self._shown[name]
         if not end - moved - 4 < start <= end:  # nobody listened for a while
             start = end - moved
-        got = self.output.read(name, start, end - start)
+        got = self._read(name, start, end)
         data = got.data[:whole_characters(got.data)]
         self._shown[name] = got.offset + len(data)
         if data:
             self._desk.feed.output(self._agent_id, name, data, got.offset, eof=False)
+
+    def _read(self, name: str, start: int, end: int) -> OutputRead:
+        """Read back what is to be published; nothing if it cannot be read for now, since this is but a hint."""
+        try:
+            return self.output.read(name, start, end - start)
+        except OSError:
+            return OutputRead(b"", end, end, start, 0)
 
     def _end_of(self, name: str) -> None:
         """The stream is over: tell what was held back, and that nothing follows."""
@@ -113,7 +120,7 @@ class Run:
         end = self.output.span(name)[1]
         if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
             start = self._shown[name] if end - 4 < self._shown[name] <= end else end
-            data = self.output.read(name, start, end - start).data
+            data = self._read(name, start, end).data
             self._desk.feed.output(self._agent_id, name, data, end - len(data), eof=True)
         if not self._fds:
             self._desk.reactor.after(0, self.output.close)  # files can wait until the end has been told

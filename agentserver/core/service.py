@@ -35,7 +35,7 @@ from .registry import Registry, check_registry
 from .supervisor import Supervisor
 from .takeover import Inheritance, Keeper, inherit
 
-CONNECTIONS_MOST = 1000
+CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
 YIELDED = 3     # exit code of a core that left its work to a successor
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time
 
@@ -65,9 +65,11 @@ class Service:
         self.handle = self.control.handle
         self._feed = feed
         self._connections: set[Connection] = set()
+        left = process.descriptor_limit() - config.max_agents * process.FDS_PER_AGENT - process.FDS_RESERVE // 2
+        self._connections_most = min(CONNECTIONS_MOST, max(process.FDS_RESERVE // 2, left))
         self._dirty: dict[Connection, None] = {}
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
-        self.reactor.end_of_turn = self._end_of_turn
+        self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
         self._listener: socket.socket | None = None
         self._inode = 0
         self.yielded = False  # a successor is ready to take over
@@ -202,12 +204,15 @@ class Service:
 
     def _end_of_turn(self) -> None:
         self.supervisor.family.stale()
-        if self.registry.commit():
+        if not self.registry.commit():
+            self._take_back()
+        else:
             self.supervisor.committed()
             if not self.supervisor.ending.parting:
                 self._last_words.known()
                 while self._known:
                     self._keeper.known(self._known.pop())
+        self.control.remembers = False
         self._feed.flush()
         self.reactor.change(self._channel_watch, READ | (WRITE if self._keeper.channel.unsent else 0))
         if self._dirty:
@@ -217,6 +222,12 @@ class Service:
             for connection in dirty:
                 if connection.waiting:
                     self.reactor.after(0, connection.work)
+
+    def _take_back(self) -> None:
+        """What was done in this turn is not on disk: acknowledge nothing. Who asked reconnects, and asks again."""
+        if self.control.remembers:
+            for connection in list(self._dirty):
+                connection.close()
 
     def _tick(self) -> None:
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
@@ -239,7 +250,7 @@ class Service:
             self.reactor.after(1.0, lambda: self.reactor.change(self._accepting, READ))
             return
         uid, name = peer_of(sock)
-        if uid not in (os.getuid(), 0) or len(self._connections) >= CONNECTIONS_MOST:
+        if uid not in (os.getuid(), 0) or len(self._connections) >= self._connections_most:
             sock.close()
             return
         sock.setblocking(False)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import sys
 import termios
 from typing import Callable, Protocol
@@ -93,6 +94,9 @@ class Stdin:
         """Accept all of `data` or nothing; return how much then waits because the pipe is full."""
         if not self.open:
             raise RequestError("the agent's stdin is closed", "stdin_closed")
+        if _reader_is_gone(self._pipe):
+            self._over("the agent closed its stdin")
+            raise RequestError("the agent has closed its stdin", "stdin_closed")
         waiting, limit = self._waiting, self._desk.stdin_limit
         if waiting + len(data) > limit:
             raise RequestError(
@@ -199,3 +203,10 @@ class Stdin:
                 os.unlink(os.path.join(self._desk.directory(self._agent.id), name))
             except OSError:
                 pass
+
+
+def _reader_is_gone(pipe: int) -> bool:
+    """Whether nobody has the other end of a pipe open (poll(2): POLLERR)."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return bool(poll.poll(0))

@@ -90,10 +90,9 @@ class Supervisor:
     # ------------------------------------------------------------ spawn
 
     def check_room(self) -> None:
-        """Refuse new work when the server is full, ending, or cannot remember it."""
+        """Refuse new work when the server is full or ending."""
         if self.state != "up":
             raise RequestError("the server is shutting down and takes no new work", "shutting_down")
-        self.check_memory()
         if self.active >= self.config.max_agents:
             raise RequestError(f"{self.active} agents are running and max_agents is {self.config.max_agents}; "
                                "stop one, or raise max_agents", "limit_reached")
@@ -118,11 +117,13 @@ class Supervisor:
             created_at=time.time(), boot=self._boot)
         agent = Agent(agent_id, self._output(agent_id), {**record, "finish": launch.finish})
         agent.step(lifecycle.START)
+        if len(agent.info_json()) > self.config.message_bytes * 9 // 10:
+            raise RequestError("what is to be known of this agent would not fit into a reply; give it less metadata",
+                               "message_too_large")
         self.registry.add_agent(agent_id, agent.created_at, request_id, to_wire(config), agent.record())
-        self.registry.commit()  # known before it exists: a death of ours between here and the reply leaves no ghost
         try:
             self._start(agent, launch)
-        except RequestError:
+        except BaseException:
             self._erase(agent)
             raise
         self.agents[agent_id] = agent
@@ -145,6 +146,9 @@ class Supervisor:
         return os.path.join(self.config.state_dir, "agents", agent_id)
 
     def _start(self, agent: Agent, launch: backends.Launch) -> None:
+        if not self.registry.commit():  # known before it exists: a death of ours after this leaves no ghost
+            raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); make room on its disk",
+                               "unavailable")
         directory = self.directory(agent.id)
         _write_files(directory, launch.files)
         environment = {**launch.environment_in(directory), tree.MARK: agent.id}
@@ -152,7 +156,7 @@ class Supervisor:
         self._keeper.hold(agent.id, dict(zip(NAMES, pipes.ours)))  # before the fork: now our death costs nothing
         try:
             child = process.spawn(launch.argv, environment, agent.cwd, pipes, self._nofile)
-        except RequestError:
+        except BaseException:
             pipes.close()
             self._keeper.release(agent.id, [])
             raise
@@ -226,7 +230,8 @@ class Supervisor:
         agent.step(lifecycle.RESTART)
         self._finished.pop(agent.id, None)
         agent.attempt, agent.want, agent.exit, agent.finished_at = agent.attempt + 1, "up", None, None
-        agent.boot, agent.command = self._boot, launch.argv
+        agent.boot, agent.command, agent.started_at = self._boot, launch.argv, None
+        self.registry.save_agent(agent.id, None, agent.record())
         try:
             self._start(agent, launch)
         except RequestError as e:
@@ -349,6 +354,7 @@ class Supervisor:
                 self._again(agent)
             except RequestError as e:
                 self._say(f"{agent.label()} could not be restarted: {e}")
+        self._after_commit.append(lambda: None if agent.alive else self._keeper.release(agent.id, []))
         self.retain()
         self._maybe_down()
 
@@ -360,6 +366,7 @@ class Supervisor:
         for agent_id, record in self.registry.agents():
             try:
                 agent = Agent(agent_id, self._output(agent_id), {**new_record(), **record})
+                agent.check()
             except Exception as e:
                 self.registry.quarantine(agent_id, repr(e), str(record))
                 continue
@@ -534,12 +541,16 @@ class Supervisor:
 
 def _write_files(directory: str, files: Mapping[str, str]) -> None:
     """Write what an agent is to find in files, for its user's eyes only."""
-    if files:
-        os.makedirs(directory, 0o700, exist_ok=True)
-    for name, text in files.items():
-        fd = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
+    try:
+        if files:
+            os.makedirs(directory, 0o700, exist_ok=True)
+        for name, text in files.items():
+            fd = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(text)
+    except OSError as e:
+        raise RequestError(f"the files that the agent is to find cannot be written: {os.strerror(e.errno or 0)}",
+                           "spawn_failed") from None
 
 
 def summary(record: Json) -> str:

@@ -16,6 +16,7 @@ from typing import Mapping, NamedTuple
 from . import tree
 from .agent import Agent
 from .channel import Channel
+from .lifecycle import INITIALIZING
 from .process import Ended
 
 NAMES = ("stdin", "stdout", "stderr")
@@ -70,7 +71,7 @@ def inherit(channel: Channel) -> Inheritance:
     left = Inheritance({}, {})
     while "go" not in (word := channel.next()):
         if "held" in word:
-            left.fds[word["held"]] = dict(zip(word["names"], word["fds"]))
+            left.fds[word["held"]] = dict(zip(word["names"], word.get("fds", ())))
         elif "ended" in word:
             pid, start, *rest = word["ended"]
             left.ends[pid] = (start, Ended(*rest))
@@ -87,6 +88,8 @@ class TakeOver:
     def claim(self, agent: Agent) -> Found | None:
         """Return what there is of an agent to go on with, or None."""
         held = self._left.fds.pop(agent.id, None)
+        if held is None and agent.pid is None and agent.status == INITIALIZING and not self.survivors(agent):
+            held = {}  # the core before us died before it had made anything of it
         if held is None or agent.boot != self._boot:
             return None
         fds = (held.get("stdin", -1), held.get("stdout", -1), held.get("stderr", -1))

@@ -13,6 +13,7 @@ with open("/proc/self/environ", "rb") as f:
     environment = dict(item.decode().split("=", 1) for item in f.read().split(b"\0") if item)
 print("ready")
 print(json.dumps({
-    "fds": fds, "environment": environment, "cwd": os.getcwd(), "nofile": list(resource.getrlimit(resource.RLIMIT_NOFILE)),
+    "fds": fds, "environment": environment, "cwd": os.getcwd(),
+    "nofile": list(resource.getrlimit(resource.RLIMIT_NOFILE)),
     "pid": os.getpid(), "pgid": os.getpgid(0), "sid": os.getsid(0), "ppid": os.getppid(),
 }), flush=True)
