@@ -34,4 +34,9 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as e:
+        if e.name != "zmq":
+            raise
+        raise ImportError(f"{name} needs pyzmq, which is not installed; for it: pip install pyzmq") from None

@@ -206,11 +206,12 @@ def test_an_argument_that_the_locale_cannot_express(start_server: Callable[..., 
 def test_output_while_there_is_no_descriptor_left(start_server: Callable[..., Server]) -> None:
     server = start_server("--output-cap-bytes", "65536")
     core = server.pids()["core"]
-    flood = "printf x; read a; i=0; while [ $i -lt 50 ]; do printf '" + "\u00e9" * 200 + "'; i=$((i+1)); done; echo; read b"
+    flood = "printf x; read a; read a; i=0; while [ $i -lt 50 ]; do printf '" + "\u00e9" * 200 + "'; i=$((i+1)); done; echo; read b"
     with LineWire(server.socket_path) as wire:
         each = wire.ok("spawn_request", config={"command": ["/bin/sh", "-c", flood]})["agent_info"]["id"]
         wire.subscribe(each)
         wire.until_output(each, b"x")
+        wire.control(each, "write_stdin", data="opens the file in which it waits\n")
         used = set(map(int, os.listdir(f"/proc/{core}/fd")))
         soft, hard = resource.prlimit(core, resource.RLIMIT_NOFILE)
         resource.prlimit(core, resource.RLIMIT_NOFILE, (min(set(range(10_000)) - used), hard))

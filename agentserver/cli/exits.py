@@ -20,7 +20,7 @@ TIMEOUT = 124
 INTERRUPTED = 130  # 128 + SIGINT
 PIPE = 141         # 128 + SIGPIPE: whoever read our output has gone
 
-_BY_CODE = {"agent_not_found": NOT_FOUND, "ambiguous_agent": NOT_FOUND, "timeout": TIMEOUT,
+_BY_CODE = {"agent_not_found": NOT_FOUND, "timeout": TIMEOUT,
             "unavailable": UNREACHABLE}
 
 

@@ -210,7 +210,8 @@ class Keeper:
     def _again(self) -> None:
         for part in self._parts:
             succeeded = part is self._core and self._next is not None
-            if not part.pid and not succeeded and time.monotonic() >= part.again_at:
+            needless = succeeded or (part is self._shell and self._stopping > 0)
+            if not part.pid and not needless and time.monotonic() >= part.again_at:
                 try:
                     self._start(part)
                 except OSError as e:  # no memory, or Python itself is being replaced: nothing to end the others for
@@ -240,7 +241,8 @@ class Keeper:
 
     def _wait(self) -> None:
         """Sleep until a part speaks or dies, a signal comes, or it is time to start one again."""
-        due = [part.again_at for part in self._parts if not part.pid] + ([self._stopping] if self._stopping else [])
+        due = [part.again_at for part in self._parts
+               if not part.pid and not (part is self._shell and self._stopping > 0)] + ([self._stopping] if self._stopping else [])
         due += self._notify.due
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
@@ -344,6 +346,8 @@ class Keeper:
             if not self._stopping:
                 self._stopping = time.monotonic() + self._config.shutdown_timeout_secs + PART_STOP_SECS
                 self._core.again_at = 0.0
+                self._say(f"ending the server and all its agents, in at most {self._config.shutdown_timeout_secs:g} s; "
+                          "the same signal again hurries")
                 self._notify.stopping(self._config.shutdown_timeout_secs + 2 * PART_STOP_SECS)
             self._core.stop()
         elif signal.SIGHUP in numbers:
@@ -392,12 +396,14 @@ class Keeper:
             return None
         if part is self._core and (code == 0 or self._last_core):
             return int(code != 0)
-        self._last_core = part is self._core and self._stopping > 0
+        if part is self._core:
+            self._last_core = self._stopping > 0
         self._died(part, code)
         return None
 
     def _died(self, part: Part, code: int) -> None:
-        why = part.failed or f"the {part.name} ended with {code}; see {part.name}.log"
+        how = f"with {code}" if code >= 0 else f"by {process.signal_name(-code)}"
+        why = part.failed or f"the {part.name} ended {how}; see {part.name}.log"
         if not self._was_ready and part.ours:
             raise StartError(why)
         if not (self._stopping and part is not self._core):

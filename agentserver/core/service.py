@@ -36,6 +36,7 @@ from .supervisor import Supervisor
 from .takeover import Inheritance, Keeper, inherit
 
 CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
+LINGER_SECS = 1.0  # at most, for clients that listen, after the last agent has ended
 YIELDED = 3     # exit code of a core that left its work to a successor
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time
 
@@ -188,10 +189,22 @@ class Service:
         if self.supervisor.ending_all:
             self.supervisor.hurry()
         else:
-            self.supervisor.shutdown("graceful", None, "server", self.reactor.stop)
+            self.supervisor.shutdown("graceful", None, "server", self._down)
 
     def _on_shutdown(self, request: ShutdownRequest, peer: Peer) -> None:
-        self.supervisor.shutdown(request.mode, request.grace_secs, peer.name, self.reactor.stop)
+        self.supervisor.shutdown(request.mode, request.grace_secs, peer.name, self._down)
+
+    def _down(self) -> None:
+        """All agents have ended. Clients that listen get a moment to ask what became of theirs."""
+        self._down_at = self.reactor.clock() + LINGER_SECS
+        self._leave()
+
+    def _leave(self) -> None:
+        listening = any(connection.topics for connection in self._connections)
+        if listening and self.reactor.clock() < self._down_at:
+            self.reactor.after(LINGER_SECS / 20, self._leave)
+        else:
+            self.reactor.stop()
 
     def _on_reload(self) -> None:
         if not self._channel_watch.active:

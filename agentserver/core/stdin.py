@@ -126,7 +126,7 @@ class Stdin:
             while done < len(data):
                 done += os.pwrite(self._file, data[done:], agent.stdin_end + done)
         except OSError as e:
-            raise RequestError(f"what is to be written cannot be kept: {e.strerror}; free some disk space",
+            raise RequestError(f"what is to be written cannot be kept ({e.strerror}), and nothing was; try again later",
                                "unavailable") from None
         agent.stdin_end += len(data)
         self._desk.save(agent)
