@@ -181,7 +181,7 @@ def test_without_proc(start_server: Callable[..., Server]) -> None:
     server = start_server(program=after("mount -t tmpfs none /proc"))
     with LineWire(server.socket_path) as wire:
         assert wire.exit(wire.spawn("exit_with", 5))["code"] == 5
-        ids = [wire.spawn("sleeper"), wire.spawn("tree", 2, 2), wire.spawn("echo", stdin="pipe"), wire.spawn("stubborn")]
+        ids = [wire.spawn("sleeper"), wire.spawn("tree", 1, 2), wire.spawn("echo", stdin="pipe"), wire.spawn("stubborn")]
         processes = [wire.info(each)["pid"] for each in ids] + json.loads(wire.lines(ids[1], 2)[1])
         wire.control(ids[3], "pause")
         wire.control(ids[3], "resume")

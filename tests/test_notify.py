@@ -418,3 +418,43 @@ def test_the_protocol_is_the_one_that_systemd_notify_speaks(manager: Manager) ->
     manager.await_word("READY", "1")
     assert manager.heard("STATUS") == ["well"]
     assert isinstance(manager._socket, socket.socket)
+
+
+def test_a_reload_is_told_and_the_store_stays(start_server: Callable[..., Server], manager: Manager) -> None:
+    server = start_server(environ=manager.environ())
+    with LineWire(server.socket_path) as wire:
+        talker = wire.spawn("echo", stdin="pipe")
+        wait_until(lambda: {"stdin", "stdout", "stderr"} <= names_of(manager, talker))
+    server.process.send_signal(signal.SIGHUP)
+    manager.await_word("RELOADING", "1")
+    wait_until(lambda: len(manager.heard("READY")) >= 2, what="the end of the reload to be told")
+    with LineWire(server.socket_path) as wire:
+        assert {"stdin", "stdout", "stderr"} <= names_of(manager, talker)
+        wire.control(talker, "write_stdin", data="on\n", eof=True)
+        assert wire.output(talker) == b"ready\non\n"
+        assert wire.exit(talker)["code"] == 0
+
+
+def test_a_keeper_that_becomes_its_newer_self_keeps_its_manager(manager: Manager) -> None:
+    environ = {**manager.environ(), "WATCHDOG_USEC": "1000", "PATH": "/bin"}
+    before = dict(environ)
+    speaker = notify.Notify(environ)
+    assert environ == {"PATH": "/bin"} and speaker.quiet
+    with speaker.carried(environ):
+        assert environ == before
+    assert environ == {"PATH": "/bin"}, "it could not be executed"
+    speaker.close()
+
+
+def test_agents_are_killed_for_memory_before_the_server(start_server: Callable[..., Server], run_dir: Path) -> None:
+    """Whoever protects the server (OOMScoreAdjust=) does not protect its agents."""
+    shield = ["bash", "-c", "echo -100 > /proc/self/oom_score_adj && exec \"$@\"", "bash"]
+    if subprocess.run([*shield, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this user may not protect a process")
+    server = start_server(program=[*shield, sys.executable, str(MAIN)])
+
+    def score(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    assert {score(pid) for pid in server.pids().values()} == {-100}
+    with LineWire(server.socket_path) as wire:
+        assert score(wire.info(wire.spawn("sleeper"))["pid"]) == 0

@@ -16,6 +16,7 @@ from typing import Mapping
 from .channel import Channel, Json
 from .notify import Notify
 from .process import Ended
+from .tree import Proc
 
 ENDS_MOST = 10_000
 
@@ -47,10 +48,9 @@ class Held:
                 self._hold(word["hold"], name, fd)
             self._tell()
         elif "release" in word:
-            held = self._fds.get(word["release"], {})
-            for name in word["names"] or list(held):
+            for name in word["names"] or list(self._fds.get(word["release"], {})):
                 self._release(word["release"], name)
-            if not word["names"]:  # else it is still there, though it may have closed all its streams
+            if not word["names"]:  # until then an agent of which nothing is held is still one that lives
                 self._fds.pop(word["release"], None)
             self._tell()
         elif "known" in word:
@@ -77,9 +77,10 @@ class Held:
     def _tell(self) -> None:
         self._manager.status(f"{len(self._fds)} agents are held")
 
-    def ended(self, pid: int, ended: Ended, start: int, core: Channel | None) -> None:
+    def ended(self, pid: int, ended: Ended, seen: Proc | None, core: Channel | None) -> None:
         """A process that is no part of the server has ended: tell the core, and remember it until it is known."""
-        self._ends[pid] = [pid, start, *ended]
+        start, leader = (seen.start, seen.session == pid) if seen is not None else (0, False)
+        self._ends[pid] = [pid, start, leader, *ended]
         if len(self._ends) > ENDS_MOST:
             del self._ends[next(iter(self._ends))]
         if core is not None:

@@ -100,11 +100,12 @@ class Part:
     def state(self) -> Json:
         """Return what a newer version of us needs to go on with it."""
         return {"pid": self.pid, "channel": self.channel.fileno() if self.channel is not None else -1,
-                "ready": self.ready, "ours": self.ours}
+                "ready": self.ready, "endpoints": self.endpoints, "ours": self.ours}
 
     def restore(self, state: Json) -> None:
         """Go on with a process that an older version of us has started."""
         self.pid, self.ready, self.ours, self.began = state["pid"], state["ready"], state["ours"], time.monotonic()
+        self.endpoints = state["endpoints"]
         if state["channel"] >= 0:
             os.set_inheritable(state["channel"], False)
             self.channel = Channel(socket.socket(fileno=state["channel"]))
@@ -280,6 +281,7 @@ class Keeper:
     def _reload(self) -> None:
         """Start a successor beside the core. Until it serves, the core before it stays ready to go on."""
         if self._next is None and self._before is None and not self._stopping and self._core.ready:
+            self._notify.reloading()
             self._next = Part("core", self._config)
             self._next.start(self._hello(standby=True, generation=self._generation + 1))
 
@@ -297,6 +299,7 @@ class Keeper:
             self._core, self._next, self._before = following, None, core if core.pid else None
             self._generation += 1
             self._renewing = True
+            self._notify.ready()
             if core.channel is not None:
                 core.channel.send({"leave": True})
             if self._shell is not None:
@@ -305,7 +308,7 @@ class Keeper:
     def _renew(self) -> None:
         """After a reload: if our own code has changed too, become it, in place; the parts need not notice."""
         parts = [part for part in self._everyone if part.pid]
-        quiet = self._next is None and self._before is None and all(
+        quiet = self._notify.quiet and self._next is None and self._before is None and all(
             part.channel is not None and part.ready and part.channel.quiet for part in parts)
         if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
             return
@@ -319,7 +322,8 @@ class Keeper:
                  "shell": self._shell.state() if self._shell is not None else None}
         fds = [fd for names in held.values() for fd in names.values()]
         channels = [part.channel.fileno() for part in parts if part.channel is not None]
-        become([*program(), "_renewed"], state, [self._lock, *channels, *fds])
+        with self._notify.carried(os.environ):
+            become([*program(), "_renewed"], state, [self._lock, *channels, *fds])
 
     def restore(self, state: Json) -> None:
         """Go on as the newer version of the keeper that wrote `state`."""
@@ -333,6 +337,7 @@ class Keeper:
     def _not_succeeded(self, why: str) -> None:
         """The successor did not come up: the core goes on, and says why."""
         core, self._next = self._core, None
+        self._notify.ready()
         self._say(f"the reload failed, the server goes on as before: {why}")
         if core.channel is not None:
             if core.yielded:
@@ -365,7 +370,7 @@ class Keeper:
         for pid, ended, seen in process.collect(tree.look):
             part = next((part for part in self._everyone if part.pid == pid), None)
             if part is None:
-                self._held.ended(pid, ended, seen.start if seen else 0, self._serving())
+                self._held.ended(pid, ended, seen, self._serving())
                 continue
             while part.channel is not None:  # to the end: see _listen_to
                 self._listen_to(part)

@@ -17,7 +17,8 @@ import os
 import socket
 import time
 from collections import deque
-from typing import Deque, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Deque, Iterator, MutableMapping, Sequence
 
 from .channel import rights
 
@@ -84,6 +85,20 @@ class Notify:
             self._say(f"FDSTOREREMOVE=1\nFDNAME={fd_name(name)}", always=True)
 
     # ------------------------------------------------------------ our place in the keeper's loop
+
+    @property
+    def quiet(self) -> bool:
+        """Whether everything was said; a keeper that executes another program forgets what was not."""
+        return not self._queue
+
+    @contextmanager
+    def carried(self, environ: MutableMapping[str, str]) -> Iterator[None]:
+        """Lend `environ` what the manager had put there, for a newer version of us that is executed in our place."""
+        environ.update(self.environ)
+        try:
+            yield
+        finally:  # it was not
+            forget(environ)
 
     @property
     def due(self) -> list[float]:

@@ -102,14 +102,15 @@ def pipes(stdin: bool) -> Pipes:
         raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
 
 
-def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, pipes: Pipes, nofile: int) -> Child:
-    """Start `argv` in a session of its own; raise `RequestError(spawn_failed)` with a sentence if it cannot be.
+def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, pipes: Pipes, nofile: int,
+          first: tuple[Any, ...]) -> Child:
+    """Start `argv` in a session of its own, the child doing `first` before all else; raise `RequestError(spawn_failed)` with a sentence if it cannot be.
     Where memory ends, it is to be killed before us.
 
     The child's ends of the pipes are closed in any case, ours stay open."""
     try:
         with _low(pipes.theirs) as actions:
-            pid = _in_directory(cwd, argv, environment, actions, nofile)
+            pid = _in_directory(cwd, argv, environment, [first, *actions], nofile)
     except OSError as e:
         raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
     finally:

@@ -33,7 +33,8 @@ from .log import Log
 from .reactor import READ, WRITE, Reactor
 from .registry import Registry, check_registry
 from .supervisor import Supervisor
-from .takeover import Inheritance, Keeper, inherit
+from .takeover import End, Inheritance, Keeper, inherit
+from .witness import Witness
 
 CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
 LINGER_SECS = 1.0  # at most, for clients that listen, after the last agent has ended
@@ -58,9 +59,11 @@ class Service:
         self.facts = Facts(self._config, started)
         self._keeper = Keeper(channel, started["keeper_pid"])
         self._last_words = LastWords("ends.jsonl")
+        self._witness = Witness(os.path.join(config.state_dir, "spawning"))
         family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
         self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
-                                     started["nofile"], family, self._last_words, self._keeper, say)
+                                     started["nofile"], family, self._last_words,
+                                     self._witness, self._keeper, say)
         self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, self._on_reload,
                                config.message_bytes, say)
         self.handle = self.control.handle
@@ -88,9 +91,9 @@ class Service:
 
     def start(self, left: Inheritance) -> None:
         """Take over what the registry knows and the keeper held, then listen, then say that we are ready."""
-        left.ends.update({pid: (0, ended) for pid, ended in self._last_words.before.items()})
-        self.supervisor.load(left)
+        left.ends.update({pid: End(0, False, ended) for pid, ended in self._last_words.before.items()})
         self._known += left.ends
+        self.supervisor.load(left)
         self.registry.trim(self.config.events_kept, self.config.requests_kept)
         self.supervisor.announce("up")
         self.registry.commit()
@@ -139,6 +142,7 @@ class Service:
         self.registry.close()
         self.counters.close()
         self._last_words.close()
+        self._witness.close()
         self.reactor.close()
 
     def _on_channel(self, mask: int) -> None:
@@ -154,7 +158,7 @@ class Service:
                 self._say("the keeper is gone; going on without")
                 self.supervisor.keeper_lost()
             elif "ended" in word:
-                pid, start, *rest = word["ended"]
+                pid, start, _leader, *rest = word["ended"]
                 self.supervisor.ending.departed(pid, start, process.Ended(*rest))
                 self._known.append(pid)
             elif word.get("stop"):

@@ -29,6 +29,7 @@ from .registry import Registry
 from .run import Run
 from .stdin import Stdin
 from .takeover import NAMES, Inheritance, Keeper, TakeOver
+from .witness import Witness
 
 STRANGER_TRIES = 50
 UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
@@ -40,7 +41,7 @@ class Supervisor:
 
     def __init__(self, config: ServerConfig, reactor: Reactor, registry: Registry, feed: Feed, counters: Counters,
                  environ: Mapping[str, str], nofile: int, family: Family, last_words: LastWords,
-                 keeper: Keeper, say: Callable[[str], None]) -> None:
+                 witness: Witness, keeper: Keeper, say: Callable[[str], None]) -> None:
         self.config, self.reactor, self.registry, self.feed, self.counters = config, reactor, registry, feed, counters
         self.stdin_limit = config.stdin_buffer_bytes
         self.agents: dict[str, Agent] = {}
@@ -49,7 +50,7 @@ class Supervisor:
         self._nofile, self._say = nofile, say
         self._backends = backends.all_backends(config.backends)
         self._boot = tree.boot_id()
-        self.family, self._keeper = family, keeper
+        self.family, self._keeper, self._witness = family, keeper, witness
         self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self._on_end,
                              self.save, say)
         self._after_commit: list[Callable[[], None]] = []
@@ -155,7 +156,8 @@ class Supervisor:
         pipes = process.pipes(launch.stdin == "pipe")
         self._keeper.hold(agent.id, dict(zip(NAMES, pipes.ours)))  # before the fork: now our death costs nothing
         try:
-            child = process.spawn(launch.argv, environment, agent.cwd, pipes, self._nofile)
+            self._witness.expect(agent.id)
+            child = process.spawn(launch.argv, environment, agent.cwd, pipes, self._nofile, self._witness.action)
         except BaseException:
             pipes.close()
             self._keeper.release(agent.id, [])
@@ -354,15 +356,20 @@ class Supervisor:
                 self._again(agent)
             except RequestError as e:
                 self._say(f"{agent.label()} could not be restarted: {e}")
-        self._after_commit.append(lambda: None if agent.alive else self._keeper.release(agent.id, []))
+        self.after_commit(lambda: self._forget_held(agent))
         self.retain()
         self._maybe_down()
+
+    def _forget_held(self, agent: Agent) -> None:
+        """Its end is on disk: the keeper need not know of it any longer."""
+        if not agent.alive:
+            self._keeper.release(agent.id, [])
 
     # ------------------------------------------------------------ over time
 
     def load(self, left: Inheritance) -> None:
         """Take over what the registry knows and the keeper held: the one path of start, crash and upgrade."""
-        taken = TakeOver(left, self._boot)
+        taken = TakeOver(left, self._boot, self._witness.before)
         for agent_id, record in self.registry.agents():
             try:
                 agent = Agent(agent_id, self._output(agent_id), {**new_record(), **record})
@@ -374,7 +381,8 @@ class Supervisor:
             if agent.terminal:
                 self._finished[agent_id] = None
         self._finished = dict.fromkeys(sorted(self._finished, key=lambda i: self.agents[i].finished_at or 0))
-        for agent in [agent for agent in self.agents.values() if not agent.terminal]:
+        live = [agent for agent in self.agents.values() if not agent.terminal]
+        for agent in sorted(live, key=lambda agent: agent.pid is None):  # those whose pid is known take their ends first
             self._take_over(agent, taken)
         for agent_id in taken.unclaimed():
             self._keeper.release(agent_id, [])
@@ -387,6 +395,9 @@ class Supervisor:
             self._lost(agent, taken.survivors(agent))
         elif found.pid == 0:  # asked for and durable, but never started
             self._begin_again(agent)
+        elif found.pid < 0:  # it began and ended, and which of the ends was its own nobody can tell
+            self._take_output(agent, found.fds)
+            self._lost(agent, [])
         else:
             fresh = agent.status == lifecycle.INITIALIZING
             agent.pid, agent.start, agent.adopted = found.pid, found.start, True
@@ -403,6 +414,17 @@ class Supervisor:
                 self.reactor.after(0, lambda: self.ending.departed(found.pid, 0, ended))
             elif not found.seen:
                 self.reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
+
+    def _take_output(self, agent: Agent, fds: tuple[int, int, int]) -> None:
+        for name, fd in zip(("", "stdout", "stderr"), fds):
+            try:
+                while name and fd >= 0 and agent.output.capture(name, fd):
+                    pass
+            except BlockingIOError:
+                pass
+            if fd >= 0:
+                os.close(fd)
+        agent.output.close()
 
     def _watch_stranger(self, agent: Agent) -> None:
         """Watch a leader by pidfd when neither we nor the keeper are its parent, so that nobody tells us of its end."""

@@ -11,6 +11,7 @@ its environment together with being a session's leader, never by its pid alone.
 from __future__ import annotations
 
 import os
+import time
 from typing import Mapping, NamedTuple
 
 from . import tree
@@ -22,15 +23,24 @@ from .process import Ended
 NAMES = ("stdin", "stdout", "stderr")
 
 
+class End(NamedTuple):
+    """An end that somebody saw: when the process had been started (ticks since boot; 0: not told), whether it led a
+    session, and how it ended."""
+
+    start: int
+    leader: bool
+    ended: Ended
+
+
 class Inheritance(NamedTuple):
-    """What a new core is handed: descriptors by agent and name, and ends by pid with the start time of who ended."""
+    """What a new core is handed: descriptors by agent and name, and ends by pid."""
 
     fds: dict[str, dict[str, int]]
-    ends: dict[int, tuple[int, Ended]]
+    ends: dict[int, End]
 
 
 class Found(NamedTuple):
-    """What is there of an agent. `pid` 0: never started. `seen`: it runs; else its end is known or will be told."""
+    """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `seen`: it runs; else its end is known or will be told."""
 
     pid: int
     start: int | None
@@ -73,16 +83,16 @@ def inherit(channel: Channel) -> Inheritance:
         if "held" in word:
             left.fds[word["held"]] = dict(zip(word["names"], word.get("fds", ())))
         elif "ended" in word:
-            pid, start, *rest = word["ended"]
-            left.ends[pid] = (start, Ended(*rest))
+            pid, start, leader, *rest = word["ended"]
+            left.ends[pid] = End(start, leader, Ended(*rest))
     return left
 
 
 class TakeOver:
-    """One start: what was left, claimed agent by agent."""
+    """One start: what was left, claimed agent by agent. `expected` is the agent whose child had not begun."""
 
-    def __init__(self, left: Inheritance, boot: str) -> None:
-        self._left, self._boot = left, boot
+    def __init__(self, left: Inheritance, boot: str, expected: str) -> None:
+        self._left, self._boot, self._expected = left, boot, expected
         self._marked: dict[str, list[tree.Proc]] | None = None
 
     def claim(self, agent: Agent) -> Found | None:
@@ -98,24 +108,30 @@ class TakeOver:
             os.close(held.pop(name))  # of a file that the registry never heard of, or that is written out
         pid, start = agent.pid, agent.start
         if pid is None:
-            leader = self._leader(agent)
-            if leader is None:
+            if self._expected == agent.id:
                 for fd in held.values():
                     os.close(fd)
                 return Found(0, None, (-1, -1, -1), -1, None, False)
+            leader = self._leader(agent)
+            if leader is None:
+                return Found(-1, None, fds, file, None, False)
             pid, start = leader
         told = self._left.ends.get(pid)
-        if told is not None and told[0] in (start, 0):
-            return Found(pid, start, fds, file, told[1], False)
+        if told is not None and told.start in (start, 0):
+            del self._left.ends[pid]
+            return Found(pid, start, fds, file, told.ended, False)
         proc = tree.look(pid)
         return Found(pid, start, fds, file, None, proc is not None and proc.start == start)
 
     def _leader(self, agent: Agent) -> tuple[int, int] | None:
-        """Find the leader of an agent that was being started: its pid was not on disk yet."""
+        """Find the leader of an agent that was being started: its pid was not on disk yet. It runs with the agent's
+        mark; or it has ended, and is the only session's leader that did and was started after the agent was asked for."""
         for proc in self.survivors(agent):
             if proc.session == proc.pid:
                 return proc.pid, proc.start
-        return None
+        since = tree.ticks_now() - (time.time() - agent.created_at + 1.0) * tree.TICKS
+        ended = [(pid, end.start) for pid, end in self._left.ends.items() if end.leader and end.start >= since]
+        return ended[0] if len(ended) == 1 else None
 
     def survivors(self, agent: Agent) -> list[tree.Proc]:
         """Return what runs with an agent's mark or identity, whoever is its parent now."""

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Callable, Collection, Iterable, NamedTuple
 
 MARK = "AGENTSERVER_AGENT_ID"
 _MARK = MARK.encode() + b"="
+TICKS = os.sysconf("SC_CLK_TCK")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
 
 
@@ -44,6 +46,11 @@ def become_subreaper() -> bool:
 def boot_id() -> str:
     """Return what tells this boot from all others, or "" where the kernel does not say."""
     return _read("/proc/sys/kernel/random/boot_id", 64).decode("ascii", "replace").strip()
+
+
+def ticks_now() -> float:
+    """Return the time in which `Proc.start` counts: clock ticks since boot, sleep included (proc(5))."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) * TICKS
 
 
 def _read(path: str, most: int) -> bytes:
@@ -203,7 +210,6 @@ def marked() -> dict[str, list[Proc]]:
 def end(procs: Iterable[Proc], within: float = 2.0) -> None:
     """SIGKILL processes that are not our children, and wait until they are gone or dead (only used at start)."""
     import select
-    import time
     until = time.monotonic() + within
     waiting = [proc for proc in procs if send(proc, signal.SIGKILL)]
     while waiting and time.monotonic() < until:

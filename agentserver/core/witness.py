@@ -1,0 +1,32 @@
+"""Did the child begin? What a new core cannot see when the one before it died in the middle of a spawn.
+
+Owns:    `spawning`: the id of the agent that is being started, until its child has begun.
+Runs in: the core's thread, and in the child between fork and exec, as a file action of posix_spawn.
+Unaware: of what follows from it (takeover.py).
+
+The core starts one agent at a time. It writes the id, then forks; the first thing that the child does
+is to open the file with O_TRUNC. So whoever finds the id in it knows that no child has ever begun,
+and whoever finds it empty that one has, though it may have ended long ago and its pid be unknown.
+"""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class Witness:
+    """See the module."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.before = os.pread(self._fd, 64, 0).decode("ascii", "replace")
+        #: for posix_spawn, before the action that gives the child its real descriptor 0
+        self.action: tuple[Any, ...] = (os.POSIX_SPAWN_OPEN, 0, path, os.O_WRONLY | os.O_TRUNC, 0o600)
+
+    def expect(self, agent_id: str) -> None:
+        """Note whose child is about to be forked."""
+        os.pwrite(self._fd, agent_id.encode("ascii"), 0)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        os.close(self._fd)
