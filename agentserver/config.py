@@ -107,6 +107,12 @@ def _check_server_id(value: str, name: str) -> str:
     return value
 
 
+def _check_orphans(value: str, name: str) -> str:
+    if value not in ("kill", "leave"):
+        raise ConfigError(f"{name} must be kill or leave, not {_shown(value)}")
+    return value
+
+
 def _check_names(names: Tuple[str, ...], name: str) -> Tuple[str, ...]:
     for item in names:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*\*?", item):
@@ -151,6 +157,9 @@ class ServerConfig:
     message_bytes: int = _setting(10 * MIB, "longest request and reply", "bytes", 64 * KIB, 10 * MIB)
     output_cap_bytes: int = _setting(
         64 * MIB, "output kept per agent, index included; the oldest goes first", "bytes", 64 * KIB, MIB ** 2)
+    orphans: str = _setting(
+        "kill", "what is done with processes of agents of which nothing is held any more, after all our processes died: "
+        "kill or leave", check=_check_orphans)
     history_agents: int = _setting(1000, "how many finished agents are kept", "agents", 0, 1_000_000)
     history_secs: float = _setting(7 * DAY, "how long finished agents are kept", "seconds", 0, _MOST_SECS)
     stdin_buffer_bytes: int = _setting(

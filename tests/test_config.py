@@ -57,7 +57,7 @@ def test_each_layer_wins_over_the_one_below(ini: Any) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_every_setting_can_be_given_everywhere(setting: config.Setting, ini: Any) -> None:
-    text = {"endpoint": "ipc:///run/a", "pub_endpoint": "none"}.get(setting.name) or {
+    text = {"endpoint": "ipc:///run/a", "pub_endpoint": "none", "orphans": "leave"}.get(setting.name) or {
         int: str(int(setting.least or 0) + 1), float: "1.5", str: "/x", tuple: "A, B_*"}[setting.type]
     wanted = {int: int, float: float, str: str, tuple: lambda t: tuple(t.split(", "))}[setting.type](text)  # type: ignore
     places: list[Any] = [

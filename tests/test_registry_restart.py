@@ -94,6 +94,26 @@ def test_everything_killed_at_once(start_server: Callable[..., Server]) -> None:
         wire.spawn("exit_with", 0)
 
 
+def test_survivors_can_be_left_alone(start_server: Callable[..., Server]) -> None:
+    """With `orphans = leave` nothing is signalled; the record says the same."""
+    server = start_server("--orphans", "leave")
+    with LineWire(server.socket_path) as wire:
+        each = wire.spawn("sleeper")
+        pid = wire.info(each)["pid"]
+    parts = server.pids()
+    for part in parts.values():
+        os.kill(part, signal.SIGKILL)
+    server.process.wait()
+    wait_until(lambda: not any(map(alive, parts.values())))
+    again = start_server("--orphans", "leave", state_dir=server.state_dir)
+    try:
+        with LineWire(again.socket_path) as wire:
+            assert wire.exit(each)["reason"] == "lost" and wire.status(each) == "failed"
+            assert alive(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+
+
 def test_a_stranger_with_a_reused_pid_is_left_alone(start_server: Callable[..., Server]) -> None:
     """The record names a pid that now belongs to somebody else: identity is more than a number."""
     import subprocess

@@ -489,11 +489,13 @@ class Supervisor:
     def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
         """End what is left of an agent that nothing was held of, and record it. Its output so far is kept."""
         leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left if proc.pid != agent.pid]
-        tree.end(left)
+        if self.config.orphans == "kill":
+            tree.end(left)
         agent.want = "down"
         duration = time.time() - (agent.started_at or agent.created_at)
         self._on_end(agent, lifecycle.LOST, exit_record("lost", "server", duration, None, leaked),
-                     "the server died together with what it held of the agent; what was left of it was ended")
+                     "the server died together with what it held of the agent; what was left of it was "
+                     + ("ended" if self.config.orphans == "kill" else "left alone"))
 
     def retain(self) -> None:
         """Forget the oldest finished agents past `history_agents` or `history_secs`."""
