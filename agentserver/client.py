@@ -86,6 +86,8 @@ class AgentClient:
         self._retry_secs = retry_secs
         self._met = False
         self._link = open_link(self.address)
+        #: ends that were pushed to this client, by agent: to be believed where the server has gone since (`follow`)
+        self.ends: Dict[str, AgentInfo] = {}
 
     def __enter__(self) -> AgentClient:
         return self
@@ -100,6 +102,10 @@ class AgentClient:
     def open_link(self) -> Link:
         """Return a second link to the same server, for who wants to listen; the caller closes it."""
         return open_link(self.address)
+
+    def second(self, retry_secs: float) -> AgentClient:
+        """Return another client of the same server, with another patience; the caller closes it."""
+        return AgentClient(self.address, timeout=self.timeout, retry_secs=retry_secs)
 
     # ------------------------------------------------------------ one request
 
@@ -171,6 +177,13 @@ class AgentClient:
         reply = self.request(message)
         self._met = False  # it is not coming back
         return reply
+
+    def reload(self) -> Json:
+        """Let a new core take over from the one that runs; agents do not notice. Returns when that has begun.
+
+        It is over when `health().metadata["generation"]` has grown, or when `reload_failed` there says why not.
+        """
+        return self.request({"type": "reload_request"})
 
     # ------------------------------------------------------------ agents
 

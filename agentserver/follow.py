@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from .core.link import Link
-from .errors import AgentServerError, RequestTimeout
+from .errors import AgentServerError, LinkError, RequestTimeout
 from .messages import MAX_READ
 from .results import AgentInfo, Chunk
 from .wire import MAX_INT
@@ -24,6 +24,8 @@ Output = Tuple[str, str, Chunk]
 
 _FIRST_LOOK = 0.05     # a subscription that nobody confirms may take effect late: look again soon, then less often
 _BLIND_SECS = 0.5      # how often to look when nothing is pushed at all (publishing off, server away)
+_GONE_SECS = 1.0       # how long a server that told of an end and cannot be reached is tried before that is believed
+_ENDS_KEPT = 1000
 _STORED = frozenset(("status_changed", "error", "completed", "terminated"))
 
 
@@ -78,15 +80,68 @@ class Hints:
                 self.doubt = True
                 return None
             self.doubt = event is None
+            if event:
+                _note_end(self._client.ends, event)
             return event
         time.sleep(max(left, 0.0))
         self._listen()
         self.doubt = True
         return None
 
+    def drain(self) -> None:
+        """Hear what has come already: an end that was told with the last output."""
+        self._look_at = 0.0
+        while self._listening and self._deadline > time.monotonic() and self.next():
+            pass
+
     def close(self) -> None:
         """Stop listening."""
         self._link.close()
+
+
+def _note_end(ends: Dict[str, AgentInfo], event: Json) -> None:
+    """Keep what was told of an agent's end, until it is told that the agent was started again."""
+    agent_id, data = event.get("agent_id"), event.get("data")
+    if event.get("type") != "status_update" or not agent_id:
+        return
+    ends.pop(agent_id, None)
+    info = AgentInfo.of({"id": agent_id, "status": event.get("status"), "finished_at": event.get("timestamp"),
+                         "exit": data.get("exit") if isinstance(data, dict) else None})
+    if info.finished and info.exit:
+        ends[agent_id] = info
+        if len(ends) > _ENDS_KEPT:
+            del ends[next(iter(ends))]
+
+
+class _Truth:
+    """What an agent is: asked for; but where the server told of its end and has gone since, that is believed."""
+
+    def __init__(self, client: AgentClient) -> None:
+        self._client = client
+        self._second = client.second(_GONE_SECS)
+        self._gone = False
+
+    def status(self, agent_id: str) -> str:
+        """Return an agent's status."""
+        if agent_id in self._client.ends:
+            return self.info(agent_id).status
+        return str(self._client.command(agent_id, "get_status")["status"])
+
+    def info(self, agent_id: str) -> AgentInfo:
+        """Return an agent as the server lists it, or the little that was told."""
+        told = self._client.ends.get(agent_id)
+        if told is None:
+            return self._client.agent(agent_id).info()
+        if not self._gone:
+            try:
+                return self._second.agent(agent_id).info()
+            except (LinkError, RequestTimeout):
+                self._gone = True
+        return told
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._second.close()
 
 
 def _deadline(timeout: Optional[float]) -> float:
@@ -95,7 +150,8 @@ def _deadline(timeout: Optional[float]) -> float:
 
 def _resolve(client: AgentClient, refs: Any) -> List[str]:
     names = [refs] if isinstance(refs, str) or hasattr(refs, "id") else list(refs)
-    return [client.resolve(getattr(name, "id", name)) for name in names]
+    texts = [str(getattr(name, "id", name)) for name in names]
+    return [text if text in client.ends else client.resolve(text) for text in texts]
 
 
 # ---------------------------------------------------------------- waiting
@@ -106,14 +162,15 @@ def wait(client: AgentClient, refs: Any, any_: bool, status: Optional[str],
     ids = _resolve(client, refs)
     deadline = _deadline(timeout)
     pending = list(dict.fromkeys(ids))
+    truth = _Truth(client)
     hints = Hints(client, [f"status.{id_}" for id_ in pending], deadline)
     try:
         while True:
             if hints.doubt:
-                pending = [id_ for id_ in pending if not _reached(client.command(id_, "get_status")["status"], status)]
+                pending = [id_ for id_ in pending if not _reached(truth.status(id_), status)]
                 hints.looked()
             if not pending or (any_ and len(pending) < len(set(ids))):
-                return [client.agent(id_).info() for id_ in ids if id_ not in pending]
+                return [truth.info(id_) for id_ in ids if id_ not in pending]
             event = hints.next()
             if event and event.get("agent_id") in pending and _reached(event.get("status"), status):
                 pending.remove(event["agent_id"])
@@ -121,6 +178,7 @@ def wait(client: AgentClient, refs: Any, any_: bool, status: Optional[str],
         raise RequestTimeout(_still(pending, status, timeout) if time.monotonic() >= deadline else str(e)) from None
     finally:
         hints.close()
+        truth.close()
 
 
 def _reached(now: Any, wanted: Optional[str]) -> bool:
@@ -174,11 +232,13 @@ def follow(client: AgentClient, refs: Any, names: Sequence[str], offsets: Mappin
     """See `AgentClient.follow`."""
     streams = {f"{id_}.{name}": _Stream(id_, name, int(offsets.get((id_, name), offsets.get(name, 0))))
                for id_ in _resolve(client, refs) for name in names}
-    hints = Hints(client, list(streams), _deadline(timeout))
+    ends = [f"status.{id_}" for id_ in dict.fromkeys(stream.agent_id for stream in streams.values())]
+    hints = Hints(client, [*streams, *ends], _deadline(timeout))
     try:
         while True:
             yield from _catch_up(client, streams, hints)
             if all(stream.done for stream in streams.values()):
+                hints.drain()
                 return
             event = hints.next()
             stream = streams.get(str(event.get("topic"))) if event else None

@@ -8,6 +8,7 @@ Unaware: of what is being tested; see support.py for the servers themselves.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterator
@@ -18,6 +19,9 @@ from wire import LineWire, Wire, open_wire
 
 if TYPE_CHECKING:
     from agentserver import AgentClient
+
+for name in [name for name in os.environ if name.startswith("AGENTSERVER_")]:
+    del os.environ[name]  # no test may meet the server of whoever runs the tests
 
 
 @pytest.fixture(scope="session")

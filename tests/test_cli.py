@@ -11,7 +11,9 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -466,6 +468,41 @@ def test_health_and_stats(either: Cli) -> None:
     assert "requests" in either.run("stats")[0]
 
 
+def test_reload(start_server: Callable[..., Server]) -> None:
+    """The agents, the keeper and the addresses stay; core and shell are others when the command returns."""
+    server = start_server()
+    for address in (server.address("unix"), server.endpoint):
+        cli = Cli(server, address)
+        ref, before = cli.spawn("echo"), server.pids()
+        generation = int(cli.json("health")["metadata"]["generation"])
+        out, _ = cli.run("reload")
+        assert f"generation {generation + 1}" in out and len(out.splitlines()) == 1
+        after = server.pids()
+        assert after["keeper"] == before["keeper"]
+        assert after["core"] != before["core"] and after["shell"] != before["shell"]
+        cli.run("send", ref, "--eof", "still there")
+        cli.run("wait", ref)
+        assert cli.run("logs", "--stream", "stdout", ref)[0] == "ready\nstill there\n"
+    assert cli.json("reload")["generation"] == generation + 2
+
+
+def test_reload_that_fails_says_why(start_server: Callable[..., Server], run_dir: Path) -> None:
+    package = run_dir / "reload-fails" / "agentserver"
+    shutil.copytree(MAIN.parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    server = start_server(program=[sys.executable, str(package / "__main__.py")], environ={"PYTHONPATH": ""})
+    cli, core = Cli(server, server.address("unix")), server.pids()["core"]
+    service = package / "core" / "service.py"
+    good = service.read_text()
+    service.write_text("raise RuntimeError('broken')\n")
+    for flags in ((), ("--json",)):
+        out, error = cli.run("reload", *flags, code=1)
+        assert out == "" and "error (internal): the reload failed" in error and len(error.splitlines()) == 1
+    assert server.pids()["core"] == core
+    service.write_text(good)
+    cli.run("reload")
+    assert server.pids()["core"] != core
+
+
 def test_shutdown(start_server: Callable[..., Server]) -> None:
     server = start_server()
     cli = Cli(server, server.endpoint)
@@ -520,10 +557,12 @@ def test_ambiguous_agents(cli: Cli) -> None:
 def test_no_server_by_default(run_dir: Path) -> None:
     environ = clean_environ(run_dir / "no-such-state")
     environ["XDG_STATE_HOME"] = str(run_dir / "empty")
+    with socket.socket() as sock:
+        if sock.connect_ex(("127.0.0.1", 5555)) == 0:  # it is not ours: ask nothing of it
+            pytest.skip("something listens on tcp://127.0.0.1:5555")
     done = subprocess.run([sys.executable, str(MAIN), "run", "--timeout", "1", "--", "true"], env=environ,
                           capture_output=True, stdin=subprocess.DEVNULL, timeout=DEADLINE_SECS)
-    if done.returncode != 3:  # somebody serves the default port on this machine
-        pytest.skip("something listens on tcp://127.0.0.1:5555")
+    assert done.returncode == 3
     assert len(done.stderr.splitlines()) == 1 and b"serve" in done.stderr, "it says how to start one"
 
 
@@ -547,7 +586,8 @@ def test_version_and_help(cli: Cli) -> None:
     assert __version__ in cli.run("--version")[0]
     text = cli.run("--help")[0]
     for command in ("serve", "run", "spawn", "ps", "info", "why", "logs", "send", "pause", "resume", "stop", "kill",
-                    "restart", "rm", "signal", "wait", "events", "health", "stats", "shutdown", "doctor"):
+                    "restart", "rm", "signal", "wait", "events", "health", "stats", "reload", "shutdown",
+                    "doctor"):
         assert command in text, command
 
 

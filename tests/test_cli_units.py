@@ -75,7 +75,7 @@ def test_the_documentation_has_every_exit_code() -> None:
         assert f"| {code} |" in text
 
 
-@pytest.mark.parametrize("later", ["attach", "top", "keys", "reload", "stdio", "nonsense"])
+@pytest.mark.parametrize("later", ["attach", "top", "keys", "stdio", "nonsense"])
 def test_a_command_of_later_is_unknown(later: str) -> None:
     with pytest.raises(exits.UsageError, match=later):
         options.parse([later])
@@ -209,7 +209,7 @@ def test_flags_become_a_config() -> None:
 # ---------------------------------------------------------------- exit codes and error lines
 
 @pytest.mark.parametrize("error, code", [
-    (errors.RequestError("x", "agent_not_found"), 4), (errors.RequestError("x", "ambiguous_agent"), 4),
+    (errors.RequestError("x", "agent_not_found"), 4), (errors.RequestError("x", "ambiguous_agent"), 1),
     (errors.RequestError("x", "invalid_state"), 1), (errors.RequestError("x", "unavailable"), 3),
     (errors.RequestError("x", "timeout"), 124), (errors.RequestTimeout("x"), 124), (errors.LinkError("x"), 3),
     (errors.ConfigError("x"), 1), (errors.StartError("x"), 1), (exits.UsageError("x"), 2), (ValueError("x"), 1),

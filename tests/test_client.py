@@ -107,7 +107,8 @@ class Story:
     def happen(self, status: str, push: bool = True) -> None:
         self.status = status
         self.events.append({"type": "status_update", "topic": f"status.{ID}", "agent_id": ID, "status": status,
-                            "update_type": "status_changed", "sequence": len(self.events) + 1})
+                            "update_type": "status_changed", "sequence": len(self.events) + 1,
+                            "data": {"exit": {"code": 3, "reason": "exited"}} if self.ended else {}})
         if push:
             self.push(self.events[-1])
 
@@ -251,6 +252,36 @@ def test_a_batch_does_not_raise_for_those_that_refuse(caller: AgentClient, core:
     assert (outcome.success, outcome.failed, len(outcome.results)) == (False, 1, 1)
 
 
+@pytest.mark.parametrize("offset, limit", [(0, None), (0, 30), (3, 11), (3, None), (36, 5), (40, None)])
+def test_a_list_too_large_for_a_reply_is_asked_for_in_halves(caller: AgentClient, core: FakeCore, offset: int,
+                                                             limit: Optional[int]) -> None:
+    """A reply holds at most three agents here; all come, in order, each once."""
+    agents = [{"id": f"agent-{n}"} for n in range(37)]
+    sizes: List[int] = []
+
+    def handle(raw: bytes, connection: Connection) -> Optional[bytes]:
+        message = json.loads(raw)
+        end = None if message["limit"] is None else message["offset"] + message["limit"]
+        page = agents[message["offset"]:end]
+        sizes.append(len(page))
+        fields = {"success": True, "agents": page, "total": len(agents)} if len(page) <= 3 else {
+            "success": False, "error": "the reply would be too large", "error_code": "message_too_large"}
+        return encode({"type": "list_agents_response", "request_id": message["request_id"], **fields})
+
+    core.handler = handle
+    wanted = agents[offset:] if limit is None else agents[offset:offset + limit]
+    assert [info.id for info in caller.list(all=True, offset=offset, limit=limit)] == [a["id"] for a in wanted]
+    assert len(sizes) <= 3 * max(len(wanted), 1)
+
+
+def test_one_agent_too_large_for_a_reply_is_said(caller: AgentClient, core: FakeCore) -> None:
+    core.handler = lambda raw, connection: encode({
+        "request_id": json.loads(raw)["request_id"], "success": False, "error": "too large",
+        "error_code": "message_too_large"})
+    with pytest.raises(RequestError, match="too large"):
+        caller.list()
+
+
 # ---------------------------------------------------------------- following output
 
 def followed(caller: AgentClient, **options: Any) -> Dict[str, bytes]:
@@ -285,6 +316,25 @@ class Follower:
         self._thread.join(20)
         assert not self._thread.is_alive()
         return self.got
+
+
+class Both:
+    """Follows both streams in a thread of its own."""
+
+    def __init__(self, address: str) -> None:
+        self.got = {"stdout": b"", "stderr": b""}
+        self._address = address
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        with AgentClient(self._address, timeout=20) as caller:
+            for _, stream, chunk in caller.follow("worker", timeout=20):
+                self.got[stream] += chunk.data
+
+    def finished(self) -> None:
+        self._thread.join(20)
+        assert not self._thread.is_alive()
 
 
 def test_an_ended_agent_is_followed_to_its_end_at_once(caller: AgentClient, story: Story) -> None:
@@ -358,6 +408,21 @@ def test_offsets_say_where_to_begin(caller: AgentClient, story: Story) -> None:
     assert got == {"stdout": b"89", "stderr": b"bc"}
 
 
+def test_a_lost_end_of_a_stream_is_looked_for_soon(caller: AgentClient, story: Story) -> None:
+    """A message before the end did not come either, so the end is not waited for until the next regular look."""
+    assert LineLink.recheck_secs >= 10
+    follower = Both(caller.address)
+    wait_until(lambda: len(story.reads()) == 2)
+    story.write(b"lost", push=False)
+    story.write(b" and found")             # out of turn: something before it was dropped
+    wait_until(lambda: follower.got["stdout"] == b"lost and found")
+    story.happen("failed")
+    story.tell(0, 0, "stderr")             # stderr is done; the end of stdout is dropped
+    began = time.monotonic()
+    follower.finished()
+    assert follower.got == story.output and time.monotonic() - began < LineLink.recheck_secs / 2
+
+
 def test_a_follower_can_be_bounded_in_time(caller: AgentClient) -> None:
     with pytest.raises(RequestTimeout):
         list(caller.follow("worker", timeout=0.05))
@@ -420,6 +485,42 @@ def test_waiting_for_a_status_ends_with_it_or_with_the_agent(caller: AgentClient
 def test_waiting_can_be_bounded_and_names_who_is_late(caller: AgentClient) -> None:
     with pytest.raises(RequestTimeout, match=f"agent {ID} had not ended"):
         caller.wait("worker", timeout=0.05)
+
+
+def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, core: FakeCore, story: Story) -> None:
+    """Without the seconds in which a server that was reached before is tried again."""
+    def end_and_go() -> None:
+        core.handler = lambda raw, connection: None   # it answers nothing more
+        story.end()
+        core.close()
+
+    wait_until(lambda: caller.agent("worker").id == ID)
+    looked = threading.Event()
+    story.before_reply["get_status"] = lambda: None
+    thread = threading.Thread(target=lambda: (wait_until(lambda: len(story.listeners) == 1 and looked.is_set()),
+                                              end_and_go()))
+    thread.start()
+    caller._retry_secs = 1000.0   # were it asked, the test would hang
+    real = follow.Hints.looked
+
+    def and_say(self: follow.Hints) -> None:
+        real(self)
+        looked.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(follow.Hints, "looked", and_say)
+        (info,) = caller.wait(ID, timeout=20)
+    thread.join()
+    assert (info.id, info.status, info.exit and info.exit.code) == (ID, "failed", 3)
+    assert caller.wait([ID])[0].exit == info.exit, "and once more, as `run` does after the output"
+
+
+def test_a_told_end_is_not_believed_of_an_agent_that_runs_again(caller: AgentClient, story: Story) -> None:
+    story.before_reply["get_status"] = lambda: threading.Timer(0.1, story.end).start()
+    assert caller.agent("worker").wait(timeout=20).code == 3 and ID in caller.ends
+    story.happen("running", push=False)
+    with pytest.raises(RequestTimeout):
+        caller.wait(ID, timeout=0.05)
 
 
 # ---------------------------------------------------------------- events

@@ -74,7 +74,8 @@ def _signaled(record: ExitRecord) -> str:
 
 def _stop(record: ExitRecord) -> str:
     if record.signal == "SIGKILL":
-        return f"{_who(record)} stopped it; that was not enough, so SIGKILL ended it."
+        return (f"{_who(record)} stopped it, and SIGKILL ended it: it was still there when its grace was over, "
+                "or when somebody killed it before that.")
     return f"{_who(record)} stopped it; {_how(record)}."
 
 

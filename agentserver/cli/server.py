@@ -1,8 +1,8 @@
-"""`health`, `stats`, `events`, `shutdown`: the server itself.
+"""`health`, `stats`, `events`, `reload`, `shutdown`: the server itself.
 
-Owns:    what is shown of it, and how its end is waited for.
+Owns:    what is shown of it, and how its renewal and its end are waited for.
 Runs in: the main thread of a command.
-Unaware: of what a server does to end.
+Unaware: of what a server does to be renewed or to end.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from ..errors import AgentServerError, LinkError, RequestTimeout
+from ..errors import AgentServerError, LinkError, RequestError, RequestTimeout
 from ..wire import Json
 from . import connect, exits, out, show
 
@@ -123,6 +123,41 @@ def event_line(event: Json) -> str:
     return f"{head}{show.paint(status.ljust(12), show.status_style(status))}  {show.clean(told)}".rstrip()
 
 
+# ---------------------------------------------------------------- reload
+
+def reload(given: Namespace) -> int:
+    """Renew the server's processes, and wait until the new ones serve."""
+    limit = time.monotonic() + (connect.ANSWER_SECS if given.timeout is None else given.timeout)
+    with connect.connect(given) as client, connect.progress("reloading"):
+        before = client.health().metadata
+        generation = int(client.reload()["generation"])
+        while not _renewed(after := _metadata(client, limit), generation, before):
+            if time.monotonic() >= limit:
+                raise RequestTimeout("the server has not been renewed within the time given; it goes on with that, "
+                                     "and `agentserver health` shows its generation")
+            time.sleep(LOOK_SECS)
+    if given.json:
+        out.document({"generation": int(after["generation"]), "version": after.get("version", ""), "metadata": after})
+    else:
+        show.say(f"the server at {client.address} was reloaded: generation {after['generation']}, "
+                 f"version {after.get('version', '?')}")
+    return exits.OK
+
+
+def _metadata(client: AgentClient, limit: float) -> dict[str, str]:
+    client.timeout = max(limit - time.monotonic(), LOOK_SECS)
+    return client.health().metadata
+
+
+def _renewed(now: dict[str, str], generation: int, before: dict[str, str]) -> bool:
+    """Whether a new core serves, and for the network a new shell, where there was one; raise if that failed."""
+    if now.get("reload_failed"):
+        raise RequestError(f"the reload failed, and the server goes on as before: {now['reload_failed']}", "internal")
+    shell_is_new = not before.get("endpoint") or (bool(now.get("endpoint"))
+                                                  and now.get("shell_pid") != before.get("shell_pid"))
+    return int(now["generation"]) > generation and shell_is_new
+
+
 # ---------------------------------------------------------------- shutdown
 
 def shutdown(given: Namespace) -> int:
@@ -190,4 +225,4 @@ def _signalable(pid: int) -> bool:
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {
-    "health": health, "stats": stats, "events": events, "shutdown": shutdown}
+    "health": health, "stats": stats, "events": events, "reload": reload, "shutdown": shutdown}

@@ -25,6 +25,7 @@ class Kept:
     """The owner of a loop whose keeper decides: ends on its word, or when keeper and core are both gone."""
 
     closing = False    # the keeper asks the core to end, not we
+    renewing = False
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -46,6 +47,7 @@ class Kept:
                 self.wake_fd = self._never.fileno()
             else:
                 self._stopped = self._stopped or bool(word.get("stop"))
+                self.renewing = bool(word.get("again"))
 
     def _leave(self) -> None:
         self._stopped = True

@@ -32,6 +32,7 @@ class Owner(Protocol):
 
     wake_fd: int       # readable when `woken` should be called
     closing: bool      # the core is to be asked to shut down
+    renewing: bool     # another shell comes in our place: who has asked gets an answer first
 
     def woken(self) -> None:
         """Read what is to be read from `wake_fd`."""
@@ -104,7 +105,7 @@ class RepLoop:
 
     def _hold(self, raw: bytes, final: float) -> bytes:
         """Go on asking: the core is slow, or being started again, or we were woken meanwhile."""
-        while not self._tend():
+        while not self._tend() or self._owner.renewing:
             now = time.monotonic()
             if now >= final:
                 return failed_reply(raw, "unavailable", "the server's core is away and did not come back in "

@@ -150,7 +150,7 @@ class Stopper:
         self._most_secs = most_secs
         self._deadline = float("inf")
         self.asked = False
-        self.closing = False
+        self.closing = self.renewing = False
 
     def stop(self) -> None:
         """Ask for the end; no lock and no waiting, because a signal handler may call it."""
