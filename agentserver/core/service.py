@@ -112,16 +112,17 @@ class Service:
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
         a socket that is there belongs to nobody."""
-        if os.path.lexists("core.sock"):
-            os.unlink("core.sock")
+        if os.path.lexists("core.new"):
+            os.unlink("core.new")
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            self._listener.bind("core.sock")
+            self._listener.bind("core.new")
         finally:
             os.umask(before)
-        self._inode = os.stat("core.sock").st_ino
         self._listener.listen(128)
+        os.rename("core.new", "core.sock")  # so that there is one at any moment, for whoever looks
+        self._inode = os.stat("core.sock").st_ino
         self._listener.setblocking(False)
         self._accepting = self.reactor.watch(self._listener.fileno(), READ, self._accept)
 

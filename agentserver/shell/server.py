@@ -31,6 +31,7 @@ Json = Dict[str, Any]
 
 NO_PUBLISHING = "none"
 _ABSENT_SECS = 1.0        # a core without its socket for so long has ended on purpose
+_UNLINKED_SECS = 0.2      # the same while closing: less is a core that is being started again
 _CRASHED_SECS = 3.0       # while closing, nobody waits longer for a core that died
 _LAST_REPLY_MS = 500      # for replies that are still on their way out at the end
 
@@ -173,7 +174,7 @@ class Stopper:
     def over(self, absent: bool, gone_secs: float) -> bool:
         """Whether the core has ended: it took its socket away, or it died while it was to end."""
         if self.closing:
-            return absent or gone_secs > _CRASHED_SECS or time.monotonic() > self._deadline
+            return (absent and gone_secs > _UNLINKED_SECS) or gone_secs > _CRASHED_SECS or time.monotonic() > self._deadline
         return absent and gone_secs > _ABSENT_SECS
 
     def __del__(self) -> None:
