@@ -2,6 +2,7 @@
 #   make demo     several real agents at once, shown live, nothing left behind
 #   make test     all tests on this Python (tox: on every Python installed)
 #   make lint     ruff and mypy --strict
+#   make chaos    three minutes of SIGKILLs, stops, cuts and full disks; everything is accounted for (CHAOS_SECS, CHAOS_SEED)
 #   make bench    speed and size, each figure beside its raw limit
 #   make lines    files by size, functions by length, and what has outgrown
 #   make single   dist/agentserver.pyz: server, client and library in one file
@@ -13,13 +14,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 CHECKED := agentserver examples tests tools setup.py $(wildcard bench)
 
-.PHONY: demo test lint lint-here bench lines single clean
+.PHONY: demo test chaos lint lint-here bench lines single clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(READY)
+	$(BIN)/python tests/chaos/run.py $(ARGS)
 
 lint: $(READY)
 	$(MAKE) --no-print-directory lint-here PYTHON=$(BIN)/python

@@ -364,7 +364,7 @@ def test_doctor_looks_at_the_service_manager(monkeypatch: pytest.MonkeyPatch) ->
     assert found()["descriptor store"].state == found()["KillMode"].state == doctor.UNKNOWN
     monkeypatch.setenv("FDSTORE", "100")
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
-    assert found()["descriptor store"].state == doctor.LACKING and "500" in found()["descriptor store"].found
+    assert found()["descriptor store"].state == doctor.LACKING and "400" in found()["descriptor store"].found
     monkeypatch.setenv("FDSTORE", "1024")
     assert found()["descriptor store"].state == doctor.GOOD and "30 s" in found()["service manager"].found
     assert all(finding.cost and finding.mend for finding in found().values() if finding.state != doctor.GOOD)

@@ -105,7 +105,7 @@ def test_as_pid_1(start_server: Callable[..., Server]) -> None:
         for each in (family, daemon):
             wire.control(each, "kill")
             assert wire.ended(each)["exit"]["signal"] == "SIGKILL"
-        wait_until(lambda: not [pid for pid in children(keeper) if "daemoniser" in command(pid) or "tree" in command(pid)],
+        wait_until(lambda: not [c for c in map(command, children(keeper)) if "daemoniser" in c or "tree" in c],
                    what="what they left to be ended")
     end(server, keeper)
     again = start_server(state_dir=server.state_dir)
@@ -147,7 +147,8 @@ def test_pid_1_reaps_strangers_and_lets_them_live(start_server: Callable[..., Se
 @mounts
 def test_on_a_read_only_root(start_server: Callable[..., Server], state_dir: Path) -> None:
     """Nothing but the state directory can be written; the server and agents live with that."""
-    script = f"mount --bind {state_dir} {state_dir}; mount -o remount,bind,ro /; ! touch /x {state_dir.parent}/x 2>/dev/null"
+    script = (f"mount --bind {state_dir} {state_dir}; mount -o remount,bind,ro /; "
+              f"! touch /x {state_dir.parent}/x 2>/dev/null")
     if cannot("--mount", "--propagation", "private", "sh", "-ec", script):
         pytest.skip("/ cannot be made read-only here: it is no mount of its own, or its mount is locked")
     server = start_server(state_dir=state_dir, program=after(script))
@@ -181,7 +182,8 @@ def test_without_proc(start_server: Callable[..., Server]) -> None:
     server = start_server(program=after("mount -t tmpfs none /proc"))
     with LineWire(server.socket_path) as wire:
         assert wire.exit(wire.spawn("exit_with", 5))["code"] == 5
-        ids = [wire.spawn("sleeper"), wire.spawn("tree", 1, 2), wire.spawn("echo", stdin="pipe"), wire.spawn("stubborn")]
+        ids = [wire.spawn("sleeper"), wire.spawn("tree", 1, 2), wire.spawn("echo", stdin="pipe"),
+               wire.spawn("stubborn")]
         processes = [wire.info(each)["pid"] for each in ids] + json.loads(wire.lines(ids[1], 2)[1])
         wire.control(ids[3], "pause")
         wire.control(ids[3], "resume")

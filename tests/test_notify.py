@@ -88,7 +88,8 @@ def test_the_watchdog_of_somebody_else_is_not_ours() -> None:
 
 def test_nothing_of_it_reaches_parts_and_agents(start_server: Callable[..., Server], manager: Manager) -> None:
     given = {**manager.environ(), "WATCHDOG_USEC": "30000000", "LISTEN_PID": "1", "LISTEN_FDS": "2",
-             "LISTEN_FDNAMES": "a:b", "FDSTORE": "100", "AGENTSERVER_PASS_ENVIRONMENT": "TEST_RUN_MARK,NOTIFY_*,WATCHDOG_*,LISTEN_*,FDSTORE"}
+             "LISTEN_FDNAMES": "a:b", "FDSTORE": "100",
+             "AGENTSERVER_PASS_ENVIRONMENT": "TEST_RUN_MARK,NOTIFY_*,WATCHDOG_*,LISTEN_*,FDSTORE"}
     server = start_server(environ=given)
     with LineWire(server.socket_path) as wire:
         agent = wire.info(wire.spawn("sleeper"))["pid"]
@@ -207,7 +208,8 @@ def test_descriptors_come_back_by_name_and_only_to_whom_they_are_meant_for() -> 
         return json.loads(done.stdout)
 
     names = "a.stdin:a.stdout:b.stdin"
-    assert run(0, LISTEN_FDS="3", LISTEN_FDNAMES=names) == [{"a.stdin": 3, "a.stdout": 4, "b.stdin": 5}, [False] * 3, []]
+    found = {"a.stdin": 3, "a.stdout": 4, "b.stdin": 5}
+    assert run(0, LISTEN_FDS="3", LISTEN_FDNAMES=names) == [found, [False] * 3, []]
     assert run(0, LISTEN_FDS="4", LISTEN_FDNAMES="a:b:a:c") == [{"a": 5, "b": 4, "c": 6}, [False] * 3, []]
     assert run(1, LISTEN_FDS="3", LISTEN_FDNAMES=names) == [{}, [], []], "they are another process's"
     assert run(0, LISTEN_FDS="many") == [{}, [], []]
@@ -392,7 +394,8 @@ def test_units_say_what_survival_needs(unit: Path) -> None:
     assert (said["Type"], said["KillMode"], said["OOMPolicy"]) == ("notify", "process", "continue")
     assert int(said["TimeoutStopSec"]) > ServerConfig().shutdown_timeout_secs + 2 * keeper.PART_STOP_SECS
     assert int(said["FileDescriptorStoreMax"]) >= ServerConfig().max_agents * keeper.FDS_PER_AGENT
-    assert int(said["LimitNOFILE"].split(":")[-1]) >= ServerConfig().max_agents * keeper.FDS_PER_AGENT + keeper.FDS_RESERVE
+    needed = ServerConfig().max_agents * keeper.FDS_PER_AGENT + keeper.FDS_RESERVE
+    assert int(said["LimitNOFILE"].split(":")[-1]) >= needed
     assert said["Restart"] == "always" and MAIN.exists()
 
 
@@ -414,7 +417,8 @@ def test_the_protocol_is_the_one_that_systemd_notify_speaks(manager: Manager) ->
     program = shutil.which("systemd-notify")
     if program is None:
         pytest.skip("systemd-notify is not installed")
-    subprocess.run([program, "--ready", "--no-block", "--status=well"], env={**os.environ, **manager.environ()}, check=True)
+    subprocess.run([program, "--ready", "--no-block", "--status=well"], check=True,
+                   env={**os.environ, **manager.environ()})
     manager.await_word("READY", "1")
     assert manager.heard("STATUS") == ["well"]
     assert isinstance(manager._socket, socket.socket)
@@ -447,7 +451,7 @@ def test_a_keeper_that_becomes_its_newer_self_keeps_its_manager(manager: Manager
 
 
 def test_agents_are_killed_for_memory_before_the_server(start_server: Callable[..., Server], run_dir: Path) -> None:
-    """Whoever protects the server (OOMScoreAdjust=) does not protect its agents."""
+    """Whoever protects the server (OOMScoreAdjust=) does not protect its agents. That takes a right that is rare."""
     shield = ["bash", "-c", "echo -100 > /proc/self/oom_score_adj && exec \"$@\"", "bash"]
     if subprocess.run([*shield, "true"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("this user may not protect a process")
@@ -458,3 +462,17 @@ def test_agents_are_killed_for_memory_before_the_server(start_server: Callable[.
     assert {score(pid) for pid in server.pids().values()} == {-100}
     with LineWire(server.socket_path) as wire:
         assert score(wire.info(wire.spawn("sleeper"))["pid"]) == 0
+
+
+def test_a_protected_server_gives_each_child_a_score_of_its_own() -> None:
+    """The same without that right: a score may be lowered to where it has been before."""
+    code = ("import subprocess\nfrom agentserver.core import tree\n"
+            "own = open('/proc/self/oom_score_adj', 'r+'); own.write('300'); own.flush()\n"
+            "tree._own_score[:] = [{0}]\n"
+            "with subprocess.Popen(['cat'], stdin=subprocess.PIPE) as child:\n"
+            "    tree.unshield(child.pid)\n"
+            "    print(open(f'/proc/{{child.pid}}/oom_score_adj').read())")
+    for own, expected in ((-100, "0"), (0, "300")):
+        done = subprocess.run([sys.executable, "-c", code.format(own)], capture_output=True, text=True, check=True,
+                              env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]})
+        assert done.stdout.strip() == expected

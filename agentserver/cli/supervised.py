@@ -11,7 +11,7 @@ from typing import Mapping
 
 from .doctor import GOOD, LACKING, UNKNOWN, Finding
 
-FDS_STORED = 5  # of one agent: stdin, stdout, stderr, what waits for its stdin, its pidfd
+FDS_STORED = 4  # of one agent: stdin, stdout, stderr, and the file of what waits for its stdin
 
 
 def checks(keeper: int, max_agents: int) -> list[Finding]:
@@ -26,7 +26,8 @@ def checks(keeper: int, max_agents: int) -> list[Finding]:
                         "when keeper and core die at once, what agents write then is lost, and they are ended at the "
                         "next start; nobody starts the server again", "run it as a service: docs/systemd.md")]
     unit = unit_of(keeper or os.getpid())
-    return [Finding("service manager", GOOD, f"{who} runs under one{' as ' + unit if unit else ''}, {_watchdog(environ)}"),
+    found = f"{who} runs under one{' as ' + unit if unit else ''}, {_watchdog(environ)}"
+    return [Finding("service manager", GOOD, found),
             store(environ, max_agents, unit), kill_mode(unit)]
 
 
@@ -42,7 +43,7 @@ def store(environ: Mapping[str, str], max_agents: int, unit: str) -> Finding:
     if not size.isdigit():
         return Finding("descriptor store", UNKNOWN, "its size is not told (systemd before 254, or there is none)",
                        "with FileDescriptorStoreMax=0, which is the default, no output outlives the death of all our "
-                       "processes at once", f"see systemctl show -p FileDescriptorStoreMax {unit}; {mend}".replace(" ;", ";"))
+                       "processes at once", f"see systemctl show -p FileDescriptorStoreMax {unit or 'UNIT'}; {mend}")
     if int(size) < needed:
         return Finding("descriptor store", LACKING, f"{size} descriptors, and {max_agents} agents may have {needed}",
                        "what some agents write is lost when all our processes die at once", mend)

@@ -24,6 +24,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     control     handle(): decode, dispatch, do once, encode
     connection  one connection to core.sock
     service     the core process
+    notify      what is said to a service manager, and the descriptors that it keeps
     keeper      the keeper process
     link        the other end: how the shell and local clients talk to a core
 

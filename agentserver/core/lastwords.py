@@ -32,7 +32,10 @@ class LastWords:
 
     def note(self, pid: int, code: int | None, number: int | None) -> None:
         """Write how a child ended that is about to be reaped."""
-        os.write(self._fd, json.dumps([pid, code, number]).encode() + b"\n")
+        try:
+            os.write(self._fd, json.dumps([pid, code, number]).encode() + b"\n")
+        except OSError:  # a full disk must not keep an end from being seen; only a death of ours now could lose it
+            pass
         self._written = True
 
     def known(self) -> None:

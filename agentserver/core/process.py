@@ -104,8 +104,8 @@ def pipes(stdin: bool) -> Pipes:
 
 def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, pipes: Pipes, nofile: int,
           first: tuple[Any, ...]) -> Child:
-    """Start `argv` in a session of its own, the child doing `first` before all else; raise `RequestError(spawn_failed)` with a sentence if it cannot be.
-    Where memory ends, it is to be killed before us.
+    """Start `argv` in a session of its own, the child doing `first` before all else; raise
+    `RequestError(spawn_failed)` with a sentence if it cannot be.
 
     The child's ends of the pipes are closed in any case, ours stay open."""
     try:
@@ -115,31 +115,7 @@ def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, pipes: 
         raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
     finally:
         _close(pipes.theirs.values())
-    if _shielded():
-        _unshield(pid)
     return Child(pid, *pipes.ours)
-
-
-_own_score: list[int] = []  # read once: our own oom_score_adj (proc(5))
-
-
-def _shielded() -> bool:
-    """Whether somebody has made it less likely that we are killed for memory; an agent inherits that."""
-    if not _own_score:
-        try:
-            with open("/proc/self/oom_score_adj", encoding="ascii") as file:
-                _own_score.append(int(file.read()))
-        except (OSError, ValueError):
-            _own_score.append(0)
-    return _own_score[0] < 0
-
-
-def _unshield(pid: int) -> None:
-    try:
-        with open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-            file.write("0")
-    except OSError:  # gone already
-        pass
 
 
 def _close(fds: Iterable[int]) -> None:
@@ -307,6 +283,14 @@ def send_group(leader: int, number: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+def leads_session(pid: int) -> bool:
+    """Whether a process exists that leads a session; for where there is no /proc to tell more."""
+    try:
+        return os.getsid(pid) == pid
+    except OSError:
+        return False
 
 
 # ---------------------------------------------------------------- ends

@@ -147,6 +147,7 @@ class Supervisor:
         return os.path.join(self.config.state_dir, "agents", agent_id)
 
     def _start(self, agent: Agent, launch: backends.Launch) -> None:
+        self._witness.expect(agent.id)  # before the commit: an agent that is on disk is the one that has not begun
         if not self.registry.commit():  # known before it exists: a death of ours after this leaves no ghost
             raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); make room on its disk",
                                "unavailable")
@@ -156,12 +157,12 @@ class Supervisor:
         pipes = process.pipes(launch.stdin == "pipe")
         self._keeper.hold(agent.id, dict(zip(NAMES, pipes.ours)))  # before the fork: now our death costs nothing
         try:
-            self._witness.expect(agent.id)
             child = process.spawn(launch.argv, environment, agent.cwd, pipes, self._nofile, self._witness.action)
         except BaseException:
             pipes.close()
             self._keeper.release(agent.id, [])
             raise
+        tree.unshield(child.pid)
         seen = tree.look(child.pid)
         agent.pid, agent.start, agent.adopted = child.pid, seen.start if seen else None, False
         agent.started_at, agent.began = time.time(), self.reactor.clock()
@@ -480,11 +481,13 @@ class Supervisor:
 
     def _never_seen(self, agent: Agent) -> None:
         """Its process was gone before we came, and nobody tells how it ended: say so, rather than guess."""
+        if not self.family.sees and process.leads_session(agent.pid or 0):  # the keeper tells when it ends
+            return
         if agent.run is not None and agent.run.ended is None and agent.pid is not None and tree.look(agent.pid) is None:
             self.family.reaped(agent.pid)
             self.family.remove(agent)
             self.ending.close(agent)
-            self._lost(agent, [])
+            self._lost(agent, tree.marked().get(agent.id, []))
 
     def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
         """End what is left of an agent that nothing was held of, and record it. Its output so far is kept."""

@@ -9,7 +9,8 @@ descendants are found by parent links, and those whose parent died come back to 
 the child subreaper (PR_SET_CHILD_SUBREAPER, prctl(2)); they are then told apart by the mark in
 their environment, their session, or an earlier sight of them.
 
-Without `/proc` every function here finds nothing, and only groups are handled.
+Without `/proc`, or with that of another pid namespace, whose numbers mean others, every function here finds nothing,
+and only groups are handled.
 """
 from __future__ import annotations
 
@@ -22,6 +23,19 @@ MARK = "AGENTSERVER_AGENT_ID"
 _MARK = MARK.encode() + b"="
 TICKS = os.sysconf("SC_CLK_TCK")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER, linux/prctl.h
+
+
+def _proc() -> str:
+    """Return where our own pid namespace is shown."""
+    try:
+        ours = os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        ours = False
+    return "/proc" if ours else "/nonexistent"
+
+
+_PROC = _proc()
+_own_score: list[int] = []  # read once: our own oom_score_adj
 
 
 class Proc(NamedTuple):
@@ -68,7 +82,7 @@ def _read(path: str, most: int) -> bytes:
 
 def look(pid: int) -> Proc | None:
     """Return one process, zombies too, or None where there is none."""
-    stat = _read(f"/proc/{pid}/stat", 1024)
+    stat = _read(f"{_PROC}/{pid}/stat", 1024)
     if not stat:
         return None
     f = stat[stat.rindex(b")") + 2:].split(None, 20)
@@ -79,7 +93,7 @@ def scan(skip: Collection[int] = ()) -> dict[int, Proc]:
     """Return every user process but those in `skip`. Kernel threads have no session: getsid(2) is 0."""
     found: dict[int, Proc] = {}
     try:
-        names = os.listdir("/proc")
+        names = os.listdir(_PROC)
     except OSError:
         return found
     for name in names:
@@ -99,7 +113,7 @@ def scan(skip: Collection[int] = ()) -> dict[int, Proc]:
 def own_children() -> list[int] | None:
     """Return the pids of our own children, or None where the kernel does not tell (CONFIG_PROC_CHILDREN)."""
     try:
-        with open("/proc/thread-self/children", "rb", buffering=0) as file:
+        with open(f"{_PROC}/thread-self/children", "rb", buffering=0) as file:
             return [int(word) for word in file.readall().split()]
     except (OSError, ValueError):
         return None
@@ -132,7 +146,7 @@ def below(by_parent: dict[int, list[Proc]], roots: Iterable[Proc | int],
 
 def mark_of(pid: int) -> str:
     """Return the agent id in the environment that a process was started with, or ""."""
-    block = _read(f"/proc/{pid}/environ", 4 * 1024 * 1024)
+    block = _read(f"{_PROC}/{pid}/environ", 4 * 1024 * 1024)
     at = 0 if block.startswith(_MARK) else block.find(b"\0" + _MARK) + 1
     if not block.startswith(_MARK, at):
         return ""
@@ -143,8 +157,8 @@ def pipes_of(pid: int) -> set[int]:
     """Return the inodes of the pipes that a process holds."""
     found = set()
     try:
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            kind, _, inode = os.readlink(f"/proc/{pid}/fd/{fd}").partition(":[")
+        for fd in os.listdir(f"{_PROC}/{pid}/fd"):
+            kind, _, inode = os.readlink(f"{_PROC}/{pid}/fd/{fd}").partition(":[")
             if kind == "pipe":
                 found.add(int(inode[:-1]))
     except OSError:  # gone, or not ours to look into
@@ -152,9 +166,23 @@ def pipes_of(pid: int) -> set[int]:
     return found
 
 
+def unshield(pid: int) -> None:
+    """Let a child be killed before us where memory ends. It inherited our oom_score_adj (proc(5)); if somebody has
+    protected us by it, the child gets 0."""
+    if not _own_score:
+        _own_score.append(int(_read(f"{_PROC}/self/oom_score_adj", 16) or 0))
+    if _own_score[0] < 0:
+        try:
+            with open(f"{_PROC}/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+                file.write("0")
+        except OSError:  # gone already
+            pass
+
+
 def command_of(pid: int) -> str:
     """Return the command line of a process for people, or its name where it has none."""
-    line = _read(f"/proc/{pid}/cmdline", 4096).replace(b"\0", b" ").strip() or _read(f"/proc/{pid}/comm", 64).strip()
+    line = _read(f"{_PROC}/{pid}/cmdline", 4096).replace(b"\0", b" ").strip()
+    line = line or _read(f"{_PROC}/{pid}/comm", 64).strip()
     return line[:500].decode("utf-8", "replace")
 
 
@@ -184,10 +212,10 @@ def send(proc: Proc, number: int) -> bool:
 
 def usage(pid: int) -> dict[str, float | int]:
     """Return what a process uses now: resident memory, CPU time, open descriptors."""
-    size = _read(f"/proc/{pid}/statm", 256).split()
-    stat = _read(f"/proc/{pid}/stat", 1024)
+    size = _read(f"{_PROC}/{pid}/statm", 256).split()
+    stat = _read(f"{_PROC}/{pid}/stat", 1024)
     try:
-        fds = len(os.listdir(f"/proc/{pid}/fd"))
+        fds = len(os.listdir(f"{_PROC}/{pid}/fd"))
     except OSError:
         fds = 0
     if not size or not stat:

@@ -57,12 +57,14 @@ class Ledger:
     """See the module. `say` gets each loss at once."""
 
     def __init__(self, truth: Path, say: Callable[[str], None]) -> None:
+        truth.mkdir()  # not on the disk that is filled
         self.truth, self._say = truth, say
         self.lock = threading.RLock()
         self.entries: Dict[str, Entry] = {}
         self.losses: List[str] = []
         self.counts: Dict[str, int] = {}
         self.disk: List[List[float]] = []  # when the disk was full: from, to
+        self.keeper_deaths: List[float] = []  # whoever lived then may end without anybody to tell how
         self.lateness = 0.0                # the most that a limit came too late
 
     def add(self, name: str, count: int = 1) -> None:
@@ -103,6 +105,10 @@ class Ledger:
         what = f"{entry.key} ({entry.id}): {info['status']} {record}"
         own = (record.get("code"), record.get("signal_number")) == (
             (entry.code, None) if entry.code >= 0 else (None, -entry.code))
+        unknown = record.get("code") is None and record.get("signal_number") is None
+        if unknown and any(at >= entry.asked for at in self.keeper_deaths):
+            self.add("ends without a code, of agents that outlived a keeper")
+            return False
         if info["status"] == "terminated":
             reason = record.get("reason")
             by_limit = reason == "limit:runtime_secs" and entry.limit > 0
@@ -234,7 +240,7 @@ class Ledger:
             self.add("events followed live", len(seen))
             if seen != events[:len(seen)] or len(seen) < len(events):
                 at = next((n for n, (a, b) in enumerate(zip(seen, events)) if a != b), min(len(seen), len(events)))
-                self.loss("missing", f"events: {name} saw {len(seen)} of {len(events)}; the first difference is at {at}: "
+                self.loss("missing", f"events: {name} saw {len(seen)} of {len(events)}; the first difference at {at}: "
                                      f"{seen[at:at + 1]} for {events[at:at + 1]}")
         by_agent: Dict[str, List[Json]] = {}
         for event in events:
@@ -293,7 +299,8 @@ class Ledger:
 def _marked(pid: str, agent_id: str) -> bool:
     try:
         state = Path("/proc", pid, "stat").read_text().rpartition(") ")[2][:1]
-        return state != "Z" and f"AGENTSERVER_AGENT_ID={agent_id}".encode() in Path("/proc", pid, "environ").read_bytes()
+        environ = Path("/proc", pid, "environ").read_bytes()
+        return state != "Z" and f"AGENTSERVER_AGENT_ID={agent_id}".encode() in environ
     except OSError:
         return False
 

@@ -101,8 +101,10 @@ class Asker:
 class Client(threading.Thread):
     """One client: see the module."""
 
-    def __init__(self, name: str, seed: int, addresses: List[str], ledger: Ledger, live: int) -> None:
+    def __init__(self, name: str, seed: int, addresses: List[str], ledger: Ledger, live: int,
+                 kept: float = 0.3) -> None:
         super().__init__(name=name, daemon=True)
+        self._kept = kept           # the share of ended agents that is not removed
         self._dice = random.Random(f"{seed} {name}")
         self._asker = Asker(addresses, self._dice, ledger)
         self._addresses, self._ledger, self._live = addresses, ledger, live
@@ -123,6 +125,10 @@ class Client(threading.Thread):
             self._ledger.loss("no answer", f"{self.name} failed: {self.failed}")
         finally:
             self._asker.close()
+
+    def unfinished(self) -> List[str]:
+        """Return whom it has not checked yet."""
+        return [f"{entry.key} {entry.id}" for entry in self._unchecked()]
 
     def _unchecked(self) -> List[Entry]:
         return [entry for entry in self._mine.values() if not entry.checked]
@@ -277,7 +283,7 @@ class Client(threading.Thread):
         natural = not entry.ends and not entry.limit and entry.mode == "free" and not entry.numbers
         if natural and self.spawning and not entry.followed and entry.attempts < 3 and self._dice.random() < 0.3:
             self._restart(entry)
-        elif self._dice.random() < 0.7:
+        elif self._dice.random() >= self._kept:
             self._ask(entry, "remove", {})
             entry.removed = True
             for file in self._ledger.truth.glob(entry.key + ".*"):

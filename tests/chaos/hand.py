@@ -229,9 +229,11 @@ class Hand(threading.Thread):
         """Kill the keeper; perhaps something else before a new serve comes."""
         if not self.signal("keeper", signal.SIGKILL):
             return False
+        self._ledger.keeper_deaths.append(time.monotonic())
         self.server.process.wait()
         if self.server.process.stdout:
             self.server.process.stdout.close()
         time.sleep(self._dice.random() * 0.5)
+        self._ledger.keeper_deaths.append(time.monotonic())
         self.server = Server(self.state_dir, *self._flags, endpoint=self.endpoint, pub_endpoint=self.pub_endpoint)
         return True

@@ -18,22 +18,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import List
 
 HERE = Path(__file__).resolve().parent
 sys.path[1:1] = [str(HERE.parent), str(HERE.parent.parent)]
 
-from accounting import Json, Ledger  # noqa: E402
+from accounting import Ledger  # noqa: E402
 from cables import Cables  # noqa: E402
 from clients import Client, EventFollower  # noqa: E402
+from closing import finish, quiet, settle, summary  # noqa: E402
 from hand import FAULTS, Hand  # noqa: E402
-from support import assert_nothing_left, marked_processes, scratch  # noqa: E402
+from kills import kills  # noqa: E402
 
 CLIENTS, LIVE_EACH = 5, 7
 DISK_MIB = 192
 FLAGS = ["--max-agents", "300", "--status-update-interval-secs", "1", "--events-kept", "10000000",
          "--history-agents", "100000"]
-QUIET_SECS = 120.0  # for all that was begun to end, once there are no more faults
 
 
 def say(sentence: str) -> None:
@@ -90,9 +90,7 @@ def faults(args: argparse.Namespace) -> List[str]:
 
 def chaos(args: argparse.Namespace, where: Path) -> int:
     """One run; return the exit code."""
-    truth = where / "truth"
-    truth.mkdir()
-    ledger = Ledger(truth, say)
+    ledger = Ledger(where.with_name(where.name + ".truth"), say)
     hand = Hand(where / "s", FLAGS, args.seed, faults(args), ledger, args.pace,
                 (lambda _s: None) if args.quiet else say)
     cables = hand.cables = Cables(str(where), lambda: hand.endpoint, str(hand.server.socket_path))
@@ -108,79 +106,12 @@ def chaos(args: argparse.Namespace, where: Path) -> int:
         time.sleep(args.secs)
         hand.end()
         say("no more faults; waiting for the end of what was begun")
-        for client in clients:
-            client.spawning = False
-        until = time.monotonic() + QUIET_SECS
-        for client in clients:
-            client.join(max(0.1, until - time.monotonic()))
-            if client.is_alive():
-                ledger.loss("no answer", f"client {client.name} is not done after {QUIET_SECS:g} s: "
-                                         f"{[e.key + ' ' + e.id for e in client._unchecked()]}")
+        quiet(clients, ledger)
         events = settle(hand, ledger, followers)
         ledger.check_events(events, {f.name: list(f.seen)[:len(events)] for f in followers})
     finally:
         finish(hand, cables, ledger)
     return summary(args, hand, ledger)
-
-
-def settle(hand: Hand, ledger: Ledger, followers: List[EventFollower]) -> List[Json]:
-    """Return all events, once every follower had the time to see them; check the list of agents."""
-    listed: List[Json] = []
-    while True:
-        page = hand.server.ask({"type": "list_agents_request", "all": True, "limit": 500, "offset": len(listed)})
-        listed += page["agents"]
-        if len(listed) >= page["total"] or not page["agents"]:
-            break
-    ledger.check_list(listed)
-    events: List[Json] = []
-    more = True
-    while more:
-        page = hand.server.ask({"type": "events_request", "since": len(events) and events[-1]["sequence"],
-                                "limit": 5000})
-        events += page["events"]
-        more = page["more"]
-    until = time.monotonic() + 30
-    while any(len(f.seen) < len(events) for f in followers) and time.monotonic() < until:
-        time.sleep(0.05)
-    return events
-
-
-def finish(hand: Hand, cables: Cables, ledger: Ledger) -> None:
-    """End the server; nothing of it may be left."""
-    try:
-        code = hand.server.stop()
-        if code:
-            ledger.loss("wrong", f"serve ended with {code}")
-        left = marked_processes(str(hand.state_dir))
-        if left:
-            ledger.loss("left running", str(left))
-            assert_nothing_left(str(hand.state_dir))
-        if any(scratch(hand.state_dir).iterdir()):
-            ledger.loss("left running", f"files in TMPDIR: {list(scratch(hand.state_dir).iterdir())}")
-    except AssertionError as e:
-        ledger.loss("no answer", str(e)[:3000])
-    finally:
-        hand.server.abandon()
-        cables.close()
-
-
-def summary(args: argparse.Namespace, hand: Hand, ledger: Ledger) -> int:
-    """Print what was done and what was lost; return the exit code."""
-    counts: Dict[str, int] = ledger.counts
-    print(f"\nchaos: seed {args.seed}, {args.secs:g} s, Python {sys.version.split()[0]}")
-    print(f"{sum(hand.done.values())} faults: " + ", ".join(f"{n} × {fault}" for fault, n in sorted(hand.done.items())))
-    if hand.cables is not None:
-        print(f"{hand.cables.count} connections cut")
-    for name in sorted(counts):
-        print(f"{counts[name]:>12,}  {name}")
-    print(f"{ledger.lateness:12.3f}  seconds that a limit came late at most")
-    print(f"{len(ledger.losses):>12,}  LOSSES" + ("" if ledger.losses else ": nothing was lost, nothing was doubled"))
-    for loss in ledger.losses[:40]:
-        print("  " + loss[:1000])
-    if ledger.losses:
-        print(hand.server.logs())
-        print(f"again: CHAOS_SEED={args.seed} CHAOS_SECS={args.secs:g} make chaos")
-    return int(bool(ledger.losses))
 
 
 def main() -> int:
@@ -193,16 +124,17 @@ def main() -> int:
     code = 1
     try:
         if args.kills:
-            from kills import kills
-            code = kills(args, where, say)
+            code = kills(args, where, FLAGS, say)
         else:
             code = chaos(args, where)
     finally:
         if code and args.keep:
-            shutil.copytree(where, f"/tmp/chaos-{args.seed}", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.sock"))
+            shutil.copytree(where, f"/tmp/chaos-{args.seed}", dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("*.sock"))
         if args.on_small_disk:
             subprocess.call(["umount", "-l", str(where)])
-        shutil.rmtree(where, ignore_errors=True)
+        for path in (where, where.with_name(where.name + ".truth")):
+            shutil.rmtree(path, ignore_errors=True)
     return code
 
 
