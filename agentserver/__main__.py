@@ -47,15 +47,15 @@ def main() -> int:
         from agentserver.shell import child
         return child.main(_channel())
     if part == "_keeper":
-        from agentserver.core import keeper
-        return keeper.main(_channel())
+        from agentserver.core import serving
+        return serving.main(_channel())
     if part == "_renewed":
-        from agentserver.core import keeper
+        from agentserver.core import serving
         fd = int(sys.argv[2])
         del sys.argv[1:3]  # what is left is what the first of us was started with
-        return keeper.renewed(fd)
+        return serving.renewed(fd)
     if part == "_check":
-        from agentserver.core import keeper, service  # noqa: F401
+        from agentserver.core import service, serving  # noqa: F401
         return 0
     from agentserver import cli
     return cli.main()

@@ -158,8 +158,8 @@ class ServerConfig:
     output_cap_bytes: int = _setting(
         64 * MIB, "output kept per agent, index included; the oldest goes first", "bytes", 64 * KIB, MIB ** 2)
     orphans: str = _setting(
-        "kill", "what is done with processes of agents of which nothing is held any more, after all our processes died: "
-        "kill or leave", check=_check_orphans)
+        "kill", "what is done with processes of agents of which nothing is held any more, after all our processes "
+        "died: kill or leave", check=_check_orphans)
     history_agents: int = _setting(1000, "how many finished agents are kept", "agents", 0, 1_000_000)
     history_secs: float = _setting(7 * DAY, "how long finished agents are kept", "seconds", 0, _MOST_SECS)
     stdin_buffer_bytes: int = _setting(

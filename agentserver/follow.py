@@ -90,8 +90,8 @@ class Hints:
 
     def drain(self) -> None:
         """Hear what has come already: an end that was told with the last output."""
-        self._look_at = 0.0
-        while self._listening and self._deadline > time.monotonic() and self.next():
+        self._look_at, self._deadline = 0.0, float("inf")
+        while self._listening and self.next():
             pass
 
     def close(self) -> None:

@@ -123,8 +123,8 @@ REASONS: "dict[str, tuple[dict[str, Any], str]]" = {
              "A client (tcp client) stopped it; SIGTERM ended it."),
     "stop, clean": (dict(code=0, reason="stop", by="tcp client"), "stopped it; it then ended with exit code 0."),
     "stop, deaf": (dict(signal="SIGKILL", reason="stop", by="tcp client"),
-                   "A client (tcp client) stopped it, and SIGKILL ended it: it was still there when its grace was over, "
-                   "or when somebody killed it before that."),
+                   "A client (tcp client) stopped it, and SIGKILL ended it: it was still there when its grace was "
+                   "over, or when somebody killed it before that."),
     "kill": (dict(signal="SIGKILL", reason="kill", by=None), "Somebody killed it; SIGKILL ended it."),
     "limit": (dict(signal="SIGTERM", reason="limit:runtime_secs", by="server"), "It reached its limit runtime_secs"),
     "shutdown": (dict(signal="SIGTERM", reason="shutdown", by="server"),

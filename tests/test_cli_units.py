@@ -286,7 +286,8 @@ def test_the_parser_is_all_that_help_needs() -> None:
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
                             stderr=subprocess.PIPE, timeout=60)
     loaded = set(result.stderr.decode().split())
-    assert not loaded & {"zmq", "sqlite3", "socket", "threading", "agentserver.client", "agentserver.core.keeper"}
+    assert not loaded & {"zmq", "sqlite3", "socket", "threading", "agentserver.client",
+                         "agentserver.core.keeper", "agentserver.core.serving"}
 
 
 # ---------------------------------------------------------------- exit codes of many

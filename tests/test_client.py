@@ -489,26 +489,24 @@ def test_waiting_can_be_bounded_and_names_who_is_late(caller: AgentClient) -> No
 
 def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, core: FakeCore, story: Story) -> None:
     """Without the seconds in which a server that was reached before is tried again."""
+    looked = threading.Event()
+    real = follow.Hints.looked
+
+    def look(self: follow.Hints) -> None:
+        real(self)
+        looked.set()
+
     def end_and_go() -> None:
+        looked.wait(20)
         core.handler = lambda raw, connection: None   # it answers nothing more
         story.end()
         core.close()
 
-    wait_until(lambda: caller.agent("worker").id == ID)
-    looked = threading.Event()
-    story.before_reply["get_status"] = lambda: None
-    thread = threading.Thread(target=lambda: (wait_until(lambda: len(story.listeners) == 1 and looked.is_set()),
-                                              end_and_go()))
+    caller._retry_secs = 1000.0   # were `caller` to ask after that, the test would hang
+    thread = threading.Thread(target=end_and_go)
     thread.start()
-    caller._retry_secs = 1000.0   # were it asked, the test would hang
-    real = follow.Hints.looked
-
-    def and_say(self: follow.Hints) -> None:
-        real(self)
-        looked.set()
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(follow.Hints, "looked", and_say)
+        patch.setattr(follow.Hints, "looked", look)
         (info,) = caller.wait(ID, timeout=20)
     thread.join()
     assert (info.id, info.status, info.exit and info.exit.code) == (ID, "failed", 3)

@@ -63,7 +63,8 @@ def test_many_topics_do_not_keep_others_waiting(shared: Server) -> None:
     topics = [f"{n:036d}.stdout" for n in range(10_000)]
     with LineWire(shared.socket_path) as wire:
         wire.subscribe(*topics)
-        wire.send(json.dumps({"type": "subscribe_request", "request_id": "x", "topics": [t + "x" for t in topics]}).encode())
+        more = [topic + "x" for topic in topics]
+        wire.send(json.dumps({"type": "subscribe_request", "request_id": "x", "topics": more}).encode())
         assert answered_within(shared, 2.0)
         wire.receive()
         assert "10000" in wire.refused("bad_request", "subscribe_request", topics=["x"] * 20_000)
@@ -90,7 +91,7 @@ def test_a_checkpoint_on_a_full_disk(start_server: Callable[..., Server]) -> Non
             wire.ended(wire.ok("spawn_request", config=TRUE, metadata={"ballast": "x" * 10_000})["agent_info"]["id"])
     now = (server.state_dir / "registry.db").stat().st_size
     resource.prlimit(core, resource.RLIMIT_FSIZE, (now, resource.RLIM_INFINITY))
-    wait_until(lambda: "cannot be moved" in server.logs() or "Traceback" in server.logs(), what="the checkpoint to fail")
+    wait_until(lambda: "cannot be moved" in server.logs() or "Traceback" in server.logs(), what="a failed checkpoint")
     resource.prlimit(core, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert server.pids()["core"] == core
 
@@ -206,7 +207,8 @@ def test_an_argument_that_the_locale_cannot_express(start_server: Callable[..., 
 def test_output_while_there_is_no_descriptor_left(start_server: Callable[..., Server]) -> None:
     server = start_server("--output-cap-bytes", "65536")
     core = server.pids()["core"]
-    flood = "printf x; read a; read a; i=0; while [ $i -lt 50 ]; do printf '" + "\u00e9" * 200 + "'; i=$((i+1)); done; echo; read b"
+    flood = ("printf x; read a; read a; i=0; while [ $i -lt 50 ]; do printf '" + "\u00e9" * 200
+             + "'; i=$((i+1)); done; echo; read b")
     with LineWire(server.socket_path) as wire:
         each = wire.ok("spawn_request", config={"command": ["/bin/sh", "-c", flood]})["agent_info"]["id"]
         wire.subscribe(each)

@@ -40,11 +40,11 @@ CLIENT = ("follow", "client")
 #: what a layer may use of the others, besides COMMON
 ACROSS = {
     "core": (),
-    "shell": ("core.link", "core.framing", "core.keeper", "core.lock", "core.channel"),
+    "shell": ("core.link", "core.framing", "core.serving", "core.lock", "core.channel"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.lifecycle", "shell.link"),
     # `serve` becomes a keeper and `doctor` looks at what one would need; all else goes through the client
-    "cli": ("client", "core.keeper", "core.lifecycle", "core.process", "core.pidfd"),
+    "cli": ("client", "core.serving", "core.lifecycle", "core.process", "core.pidfd"),
 }
 #: special modules of Python, and the only files (or folders) that may import them
 HOMES = {
@@ -179,7 +179,7 @@ def test_the_documented_lifecycle_is_the_table() -> None:
 
 
 def test_importing_the_package_needs_no_zmq_and_little_else() -> None:
-    code = ("import sys; import agentserver, agentserver.core.service, agentserver.core.keeper, agentserver.cli;"
+    code = ("import sys; import agentserver, agentserver.core.service, agentserver.core.serving, agentserver.cli;"
             "print(*sorted({'zmq', 'asyncio', 'logging', 'multiprocessing'} & set(sys.modules)))")
     environ = {"PYTHONPATH": str(PACKAGE.parent), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)

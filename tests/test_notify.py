@@ -101,8 +101,8 @@ def test_nothing_of_it_reaches_parts_and_agents(start_server: Callable[..., Serv
 
 def test_a_detached_keeper_does_not_speak_for_the_program_that_started_it(manager: Manager, state_dir: Path) -> None:
     """An embedded AgentServer may live in somebody's service; its keeper is no part of that."""
-    code = ("import sys\nfrom agentserver import AgentClient, ServerConfig\nfrom agentserver.core import keeper\n"
-            "keeper.start_detached(ServerConfig(state_dir=sys.argv[1]))\n"
+    code = ("import sys\nfrom agentserver import AgentClient, ServerConfig\nfrom agentserver.core import serving\n"
+            "serving.start_detached(ServerConfig(state_dir=sys.argv[1]))\n"
             "client = AgentClient('unix:' + sys.argv[1])\nclient.spawn(['sleep', '100'])\nclient.shutdown()")
     from support import clean_environ
     environ = clean_environ(state_dir, manager.environ())
@@ -389,12 +389,12 @@ def settings(unit: Path) -> dict[str, str]:
 @pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
 def test_units_say_what_survival_needs(unit: Path) -> None:
     from agentserver.config import ServerConfig
-    from agentserver.core import keeper
+    from agentserver.core import keeper, process
     said = settings(unit)
     assert (said["Type"], said["KillMode"], said["OOMPolicy"]) == ("notify", "process", "continue")
     assert int(said["TimeoutStopSec"]) > ServerConfig().shutdown_timeout_secs + 2 * keeper.PART_STOP_SECS
-    assert int(said["FileDescriptorStoreMax"]) >= ServerConfig().max_agents * keeper.FDS_PER_AGENT
-    needed = ServerConfig().max_agents * keeper.FDS_PER_AGENT + keeper.FDS_RESERVE
+    assert int(said["FileDescriptorStoreMax"]) >= ServerConfig().max_agents * process.FDS_PER_AGENT
+    needed = ServerConfig().max_agents * process.FDS_PER_AGENT + process.FDS_RESERVE
     assert int(said["LimitNOFILE"].split(":")[-1]) >= needed
     assert said["Restart"] == "always" and MAIN.exists()
 

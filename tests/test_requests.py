@@ -262,7 +262,8 @@ def test_arguments_and_environment_arrive_byte_for_byte(wire: Wire) -> None:
 
 def test_metadata_that_would_not_fit_into_a_reply(unix: LineWire) -> None:
     """The limit is the reply's: outside ASCII JSON needs twice the bytes. A failed spawn leaves no agent."""
-    unix.send(json.dumps({"type": "spawn_request", "request_id": new_id(), "config": {"command": ["/bin/sleep", "1000"]},
+    config = {"command": ["/bin/sleep", "1000"]}
+    unix.send(json.dumps({"type": "spawn_request", "request_id": new_id(), "config": config,
                           "metadata": {"ballast": "\u6f22" * 2_500_000}}, ensure_ascii=False).encode())
     assert json.loads(unix.receive())["error_code"] == "message_too_large"
     assert unix.agents() == []

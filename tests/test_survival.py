@@ -37,7 +37,8 @@ def reload(server: Server, how: Callable[[Server], None]) -> None:
             return {}
     before = health()["generation"]
     how(server)
-    wait_until(lambda: health().get("generation") == str(int(before) + 1) and health()["endpoint"], what="a new generation")
+    wait_until(lambda: health().get("generation") == str(int(before) + 1) and health()["endpoint"],
+               what="a new generation")
 
 
 def by_signal(server: Server) -> None:
@@ -118,7 +119,8 @@ def test_a_spawn_is_done_once(server: Server) -> None:
     kill_core(server)
     again = server.ask(request)
     assert first == again and first["success"]
-    assert [each["pid"] for each in server.ask({"type": "list_agents_request"})["agents"]] == [first["agent_info"]["pid"]]
+    agents = server.ask({"type": "list_agents_request"})["agents"]
+    assert [each["pid"] for each in agents] == [first["agent_info"]["pid"]]
 
 
 def test_stdin_is_written_once(server: Server) -> None:
@@ -197,7 +199,8 @@ def test_the_keeper_becomes_its_new_code_in_place(start_server: Callable[..., Se
         with open(package / "core" / "keeper.py", "a") as file:
             file.write(f"\nopen({str(told)!r}, 'a').write('%d {version}\\n' % os.getpid())\n")
         reload(server, by_request)
-        wait_until(lambda: told.exists() and f"{server.process.pid} {version}" in told.read_text(), what="the new keeper")
+        wait_until(lambda: told.exists() and f"{server.process.pid} {version}" in told.read_text(),
+                   what="the new keeper")
     (run_dir / "renewed" / "go").touch()
     with LineWire(server.socket_path) as wire:
         assert wire.exit(ending)["code"] == 0
@@ -205,6 +208,26 @@ def test_the_keeper_becomes_its_new_code_in_place(start_server: Callable[..., Se
         assert wire.output(each) == b"ready\nx\n" and wire.exit(each)["code"] == 0
     kill_core(server)
     wait_until(lambda: zmq_answers(server.endpoint), what="the shell to answer")
+
+
+def test_a_word_during_the_renewal_is_heard(start_server: Callable[..., Server], run_dir: Path) -> None:
+    """SIGTERM may come at any moment around the exec of the keeper; the server ends, and well."""
+    for number in range(4):
+        package = copied(run_dir / f"heard{number}")
+        server = start_server(program=[sys.executable, str(package / "__main__.py")], environ={"PYTHONPATH": ""})
+        with open(package / "core" / "keeper.py", "a") as file:
+            file.write("\n# newer\n")
+        generation = server.ask({"type": "health_check_request"})["metadata"]["generation"]
+        by_request(server)
+        def renewed() -> bool:
+            try:
+                return bool(server.ask({"type": "health_check_request"})["metadata"]["generation"] != generation)
+            except (OSError, ValueError):
+                return False
+        wait_until(renewed, what="the new core")
+        for _ in range(number * 200):  # a little later each time
+            os.getppid()
+        server.close()
 
 
 def test_a_broken_new_version_leaves_the_old_one_serving(start_server: Callable[..., Server], run_dir: Path) -> None:

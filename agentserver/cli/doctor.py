@@ -144,9 +144,9 @@ def socket_length(path: str) -> Finding:
 
 def descriptors(settings: ServerConfig) -> Finding:
     """Check that the hard limit of descriptors carries `max_agents`."""
-    from ..core import keeper, process
+    from ..core import process
     most = process.hard_descriptor_limit()
-    needed = settings.max_agents * keeper.FDS_PER_AGENT + keeper.FDS_RESERVE
+    needed = settings.max_agents * process.FDS_PER_AGENT + process.FDS_RESERVE
     return _judge("descriptors", most >= needed, f"{most} allowed, {needed} needed for {settings.max_agents} agents",
                   f"{most} allowed, but {needed} needed for {settings.max_agents} agents", "the server does not start",
                   f"raise the hard limit (ulimit -Hn {needed}, LimitNOFILE= in a service), or lower --max-agents",

@@ -237,7 +237,7 @@ def _waiting(commands: Any) -> None:
 def _asking(commands: Any) -> None:
     _add(commands, "health", NOTHING, "ask the server how it is")
     _add(commands, "stats", NOTHING, "print the server's counters")
-    _add(commands, "reload", NOTHING, "renew the server's processes, with the code that is installed now, under its agents")
+    _add(commands, "reload", NOTHING, "renew the server's processes, with the code installed now; agents go on")
     down = _add(commands, "shutdown", NOTHING, "end the server and all its agents, and wait until it is gone")
     _flag(down, "--drain", help="let the agents end by themselves first; nothing new is started meanwhile")
     doctor = _add(commands, "doctor", NOTHING, "check the installation and say what to mend")

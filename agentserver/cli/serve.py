@@ -23,8 +23,8 @@ def serve(given: Namespace) -> int:
     flags = {name[len(prefix):]: text for name, text in vars(given).items()
              if name.startswith(prefix) and text is not None}
     settings = config.load(flags, os.environ, given.config)
-    from ..core import keeper
-    return int(keeper.serve(settings))
+    from ..core import serving
+    return int(serving.serve(settings))
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"serve": serve}

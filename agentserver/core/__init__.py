@@ -7,30 +7,44 @@ Owns:    this map. Read in this order; each file uses only those above it:
     backends    from a request to argv, environment, stdin        pure
     output      what an agent wrote, by absolute offset
     log         our own log
-    counters    numbers that outlive us
-    channel     the line between keeper and child
+    lock        one process per job and state directory
+    channel     the line between keeper and child; carries descriptors
     reactor     the loop: descriptors, deadlines, signals
+    counters    numbers that outlive us
     process     start, signal and reap one child
+    lastwords   how children ended, noted before they are reaped
+    witness     whether a child began, when a core died in the middle of a spawn
+    pidfd       how a process ended that is nobody's child of ours
     tree        who descends from whom, by /proc
+    facts       what a health check tells of the server
     registry    everything that must be remembered: sqlite3
     feed        what is told to whoever listens
     agent       the record of one agent
-    run         one attempt while its process exists: pipes, stdin
+    stdin       what goes to an agent's stdin: accepted once, written once
+    run         one attempt while its process exists: output pipes, timers
+    takeover    going on where a core before us stopped
     family      which processes belong to which agent
     ending      the stop ladder, the exit, the exit record
     supervisor  policy: what is wanted against what is
     commands    what can be asked of one agent
-    facts       what a health check tells of the server
     control     handle(): decode, dispatch, do once, encode
     connection  one connection to core.sock
     service     the core process
-    notify      what is said to a service manager, and the descriptors that it keeps
-    keeper      the keeper process
     link        the other end: how the shell and local clients talk to a core
+    notify      the service manager: readiness, watchdog, its store of descriptors
+    held        what the keeper holds for the next core
+    renew       a keeper that becomes its own newer version, in place
+    part        core or shell as the keeper sees them: start, pace, words
+    part        core or shell as the keeper sees them: start, pace, words
+    keeper      the keeper process: start, watch, start again, reload
+    serving     the ways in: in the foreground, detached, as its own newer version
+    serving     the ways in: in the foreground, detached, as its own newer version
 
 Runs in: see each file.
 Unaware: of the network, the client and the command line.
 
 One request, from socket to process and back: connection -> control.handle -> commands -> supervisor
--> process -> (SIGCHLD) ending -> supervisor -> registry and feed -> connection.
+-> registry (commit) -> takeover (pipes to the keeper) -> witness -> process -> registry (commit) ->
+connection. Its end: SIGCHLD or the keeper's word -> ending -> supervisor -> registry and feed -> connection.
+A new core, after whatever came before: takeover.inherit -> supervisor.load -> service.
 """

@@ -12,14 +12,12 @@ core is handed everything before it begins.
 """
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
 import socket
-import sys
 import time
-from typing import Callable, Mapping
+from typing import Callable
 
 from ..config import ServerConfig
 from ..errors import AgentServerError, StartError
@@ -28,92 +26,14 @@ from .channel import Channel, Json
 from .framing import KEEPER
 from .held import Held
 from .link import dial
-from .lock import held_by_another, lock
-from .log import Log, redirect
-from .notify import Notify, forget, stored
-from .renew import become, restore, stamp
+from .lock import held_by_another
+from .log import Log
+from .notify import Notify, stored
+from .part import Part, can_start, home, program
+from .renew import become, stamp
 
-BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a part that does not come up is started again
-LEAST_LIFE_SECS = 0.1        # a part that got ready and lived so long is started again at once
-FDS_PER_AGENT, FDS_RESERVE = process.FDS_PER_AGENT, process.FDS_RESERVE
+WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
-
-
-class Part:
-    """Core or shell: how it is started, whether it lives, when it may be started again."""
-
-    def __init__(self, name: str, config: ServerConfig) -> None:
-        self.name, self._config = name, config
-        self.pid = 0
-        self.channel: Channel | None = None
-        self.ready: Json = {}
-        self.endpoints: Json = {}  # where it listens, for the next one too: it may die before it is ready
-        self.failed = ""        # the sentence with which it gave up
-        self.done = False       # it said that it is through
-        self.yielded = False    # it waits for its successor to serve, or to fail
-        self.ours = True        # our child; else adopted, and only its channel tells of its end
-        self.began = 0.0        # monotonic
-        self.again_at = 0.0     # when to start it (again)
-        self._pause = 0.0
-
-    def start(self, word: Json) -> None:
-        """Start the process and tell it `word`."""
-        self.began = time.monotonic()
-        ours, theirs = socket.socketpair()
-        log = os.open(os.path.join(self._config.state_dir, self.name + ".log"),
-                      os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            self.pid = process.start([*program(), "_" + self.name], {0: theirs.fileno(), 1: log, 2: log})
-        finally:
-            theirs.close()
-            os.close(log)
-        self.channel, self.ready, self.failed = Channel(ours), {}, ""
-        self.ours = True
-        self.channel.send(word)
-
-    def adopt(self, sock: socket.socket) -> Json:
-        """Take over a core whose keeper died, through its own socket; return what it says of the server."""
-        self.channel = Channel(sock)
-        word = self.channel.next()
-        self.pid, self.ours, self.began = int(word["ready"]["pid"]), False, time.monotonic()
-        self.hear(word)
-        return word
-
-    def dead(self) -> None:
-        """It has ended: note when it may be started again."""
-        now = time.monotonic()
-        first, most = BACKOFF_SECS
-        crashed_at_once = not self.ready or now - self.began < LEAST_LIFE_SECS
-        self._pause = min(max(first, self._pause * 2), most) if crashed_at_once else 0.0
-        self.pid, self.again_at = 0, now + self._pause
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-
-    def hear(self, word: Json) -> None:
-        """Note what it said of itself."""
-        self.ready = word.get("ready", self.ready)
-        self.endpoints = {k: v for k, v in self.ready.items() if k.endswith("endpoint")} or self.endpoints
-        self.failed = word.get("failed", self.failed)
-        self.done = word.get("done", self.done)
-
-    def state(self) -> Json:
-        """Return what a newer version of us needs to go on with it."""
-        return {"pid": self.pid, "channel": self.channel.fileno() if self.channel is not None else -1,
-                "ready": self.ready, "endpoints": self.endpoints, "ours": self.ours}
-
-    def restore(self, state: Json) -> None:
-        """Go on with a process that an older version of us has started."""
-        self.pid, self.ready, self.ours, self.began = state["pid"], state["ready"], state["ours"], time.monotonic()
-        self.endpoints = state["endpoints"]
-        if state["channel"] >= 0:
-            os.set_inheritable(state["channel"], False)
-            self.channel = Channel(socket.socket(fileno=state["channel"]))
-
-    def stop(self, again: bool = False) -> None:
-        """Ask it to leave; `again`: another comes in its place."""
-        if self.channel is not None:
-            self.channel.send({"stop": True, "again": again})
 
 
 class Keeper:
@@ -123,7 +43,7 @@ class Keeper:
                  log: str) -> None:
         self._config, self._on_ready, self._lock, self._log = config, on_ready, lock, log
         self._say = Log(log or None, config.log_bytes)
-        self._stamp, self._renewing = stamp(_home()), False
+        self._stamp, self._renewing = stamp(home()), False
         self._started_at, self._generation = time.time(), 1
         self._nofile = process.raise_descriptor_limit()[0]
         self._notify = Notify(os.environ)
@@ -139,11 +59,11 @@ class Keeper:
         self._wake.setblocking(False)
         wake_out.setblocking(False)
         self._wake_out = wake_out
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started us may have blocked what we wait for
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGCHLD, *WORDS):
             signal.signal(number, lambda *_: None)
             signal.siginterrupt(number, False)
         signal.set_wakeup_fd(wake_out.fileno(), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who started us, we ourselves perhaps, may have blocked them
 
     @property
     def _parts(self) -> list[Part]:
@@ -243,7 +163,8 @@ class Keeper:
     def _wait(self) -> None:
         """Sleep until a part speaks or dies, a signal comes, or it is time to start one again."""
         due = [part.again_at for part in self._parts
-               if not part.pid and not (part is self._shell and self._stopping > 0)] + ([self._stopping] if self._stopping else [])
+               if not part.pid and not (part is self._shell and self._stopping > 0)]
+        due += [self._stopping] if self._stopping else []
         due += self._notify.due
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
@@ -313,7 +234,13 @@ class Keeper:
         if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
             return
         self._renewing = False
-        if stamp(_home()) == self._stamp or not _can_start():
+        if stamp(home()) == self._stamp:
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
+        loads, waiting = can_start(), self._word_waits()
+        if not loads or waiting:
+            self._renewing = waiting  # first what has come already
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             return
         held, ends = self._held.state()
         state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
@@ -325,6 +252,13 @@ class Keeper:
         with self._notify.carried(os.environ):
             become([*program(), "_renewed"], state, [self._lock, *channels, *fds])
 
+    def _word_waits(self) -> bool:
+        """Whether somebody has said something that we have not acted on."""
+        try:
+            return not set(WORDS).isdisjoint(self._wake.recv(4096, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+
     def restore(self, state: Json) -> None:
         """Go on as the newer version of the keeper that wrote `state`."""
         self._started_at, self._generation, self._nofile = state["started_at"], state["generation"], state["nofile"]
@@ -333,6 +267,7 @@ class Keeper:
             self._shell.restore(state["shell"])
         self._held.restore(state["held"], state["ends"])
         self._was_ready = True
+        self._wake_out.send(bytes([signal.SIGCHLD]))  # one may have come just before
 
     def _not_succeeded(self, why: str) -> None:
         """The successor did not come up: the core goes on, and says why."""
@@ -432,130 +367,3 @@ class Keeper:
         for part in self._everyone:
             if part.pid and part.ours:
                 process.send(part.pid, signal.SIGKILL)
-
-
-def _home() -> str:
-    """Return where this very package is: its directory, or the single file that holds it."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return package if os.path.isdir(package) else os.path.dirname(package)
-
-
-def program() -> list[str]:
-    """Return the argv that starts this very package."""
-    home = _home()
-    return [sys.executable, os.path.join(home, "__main__.py") if os.path.isdir(home) else home]
-
-
-def _can_start() -> bool:
-    """Whether the code that is on disk now can be loaded at all; a keeper that could not would be a dead one."""
-    pid = process.start([*program(), "_check"], {})
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-# ---------------------------------------------------------------- ways in
-
-def serve(config: ServerConfig) -> int:
-    """Run a server in the foreground until it is done; return its exit code. Raises `StartError` or `ConfigError`."""
-    if config.backends:  # wrong ones are told before anything is made
-        from .backends import all_backends
-        all_backends(config.backends)
-    with_shell = _has_zmq()
-    if not with_shell:
-        _print("pyzmq is not installed, so only this machine is served; for the network: pip install pyzmq")
-    return _keep(config.resolved(os.getcwd()), with_shell, _print, "")
-
-
-def _print(sentence: str) -> None:
-    try:
-        print(sentence, flush=True)
-    except OSError:  # nobody reads us any more; that is no reason to end
-        pass
-
-
-def _has_zmq() -> bool:
-    import importlib.util
-    return importlib.util.find_spec("zmq") is not None
-
-
-def _keep(config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None], log: str) -> int:
-    make_state_dir(config.state_dir)
-    held = lock(os.path.join(config.state_dir, "keeper.lock"))
-    try:
-        _check_descriptors(config.max_agents)
-        tree.become_subreaper()
-        return Keeper(config, with_shell, on_ready, held, log).run()
-    finally:
-        os.close(held)
-
-
-def renewed(fd: int) -> int:
-    """Go on as the keeper that executed us in its place."""
-    state = restore(fd)
-    config = ServerConfig.from_json(state["config"])
-    os.set_inheritable(state["lock"], False)
-    keeper = Keeper(config, state["shell"] is not None, lambda where: None, state["lock"], state["log"])
-    keeper.restore(state)
-    return keeper.run()
-
-
-def make_state_dir(path: str) -> None:
-    """Make the state directory, ours alone, and see that it can be written."""
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        facts = os.stat(path)
-        if facts.st_uid != os.getuid():
-            raise StartError(f"the state directory {path} belongs to another user (uid {facts.st_uid})")
-        os.chmod(path, 0o700)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "")
-    except OSError as e:
-        raise StartError(f"the state directory {path} cannot be used: {os.strerror(e.errno or 0)}; "
-                         "name another with --state-dir") from None
-
-
-def _check_descriptors(max_agents: int) -> None:
-    needed = max_agents * FDS_PER_AGENT + FDS_RESERVE
-    most = process.hard_descriptor_limit()
-    if needed > most:
-        fit = (most - FDS_RESERVE) // FDS_PER_AGENT
-        raise StartError(f"max_agents = {max_agents} needs {needed} descriptors and the hard limit is {most}; "
-                         "raise the limit (ulimit -Hn)" + (f", or set max_agents to at most {fit}" if fit > 0 else ""))
-
-
-def start_detached(config: ServerConfig, environ: Mapping[str, str] = os.environ) -> None:
-    """Start a keeper without a shell, in a session of its own; return when its core answers. Raises `StartError`."""
-    ours, theirs = socket.socketpair()
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        pid = process.start([*program(), "_keeper"], {0: theirs.fileno(), 1: null, 2: null})
-    finally:
-        theirs.close()
-        os.close(null)
-    os.waitpid(pid, 0)  # it forks at once, so that no zombie of it stays with whoever called us
-    channel = Channel(ours)
-    channel.send({"config": config.resolved(os.getcwd()).to_json()})
-    try:
-        word = channel.next()
-    except EOFError:
-        word = {"failed": f"the keeper ended at once; see keeper.log in {config.state_dir}"}
-    finally:
-        channel.close()
-    if "failed" in word:
-        raise StartError(str(word["failed"]))
-
-
-def main(sock: socket.socket) -> int:
-    """Run a detached keeper for whoever is at the other end of `sock` until the core is ready."""
-    if os.fork():
-        os._exit(0)
-    channel = Channel(sock)
-    config = ServerConfig.from_json(channel.next()["config"])
-    forget(os.environ)  # a manager that started the program which embeds us is not ours to talk to
-    log = os.path.join(config.state_dir, "keeper.log")
-    try:
-        make_state_dir(config.state_dir)
-        redirect(log)
-        return _keep(config, False, lambda where: channel.finish({"ready": where}), log)
-    except AgentServerError as e:
-        channel.send({"failed": str(e)})
-        return 1

@@ -26,12 +26,11 @@ def stamp(path: str) -> tuple[int, int, int]:
 
 
 def become(program: list[str], state: Json, fds: Iterable[int]) -> NoReturn:
-    """Execute `program` in our place; it finds `state` by `restore`, and `fds` open under their numbers."""
+    """Execute `program` in our place; it finds `state` by `restore`, and `fds` open under their numbers. Signals have
+    to be blocked: until the new program has its handlers, one would end it."""
     with tempfile.TemporaryFile(dir=state["state_dir"]) as file:
         file.write(json.dumps(state).encode())
         file.flush()
-        # until the new program has its handlers, a signal would end it; they are blocked over the exec
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
         inherited = [file.fileno(), *fds]
         try:
             for fd in inherited:

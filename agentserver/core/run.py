@@ -115,8 +115,7 @@ class Run:
     def _end_of(self, name: str) -> None:
         """The stream is over: tell what was held back, and that nothing follows."""
         self._desk.reactor.unwatch(self._watches.pop(name))
-        os.close(self._fds.pop(name))
-        self._desk.release(self._agent_id, [name])
+        os.close(self._fds.pop(name))  # the keeper's copy of a read end can stay: it does not delay anybody's EOF
         end = self.output.span(name)[1]
         if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
             start = self._shown[name] if end - 4 < self._shown[name] <= end else end

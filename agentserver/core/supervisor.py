@@ -383,7 +383,7 @@ class Supervisor:
                 self._finished[agent_id] = None
         self._finished = dict.fromkeys(sorted(self._finished, key=lambda i: self.agents[i].finished_at or 0))
         live = [agent for agent in self.agents.values() if not agent.terminal]
-        for agent in sorted(live, key=lambda agent: agent.pid is None):  # those whose pid is known take their ends first
+        for agent in sorted(live, key=lambda agent: agent.pid is None):  # whose pid is known takes its end first
             self._take_over(agent, taken)
         for agent_id in taken.unclaimed():
             self._keeper.release(agent_id, [])

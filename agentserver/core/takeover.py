@@ -40,7 +40,8 @@ class Inheritance(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `seen`: it runs; else its end is known or will be told."""
+    """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `seen`: it runs; else its end is
+    known or will be told."""
 
     pid: int
     start: int | None
@@ -125,7 +126,7 @@ class TakeOver:
 
     def _leader(self, agent: Agent) -> tuple[int, int] | None:
         """Find the leader of an agent that was being started: its pid was not on disk yet. It runs with the agent's
-        mark; or it has ended, and is the only session's leader that did and was started after the agent was asked for."""
+        mark; or it has ended, as the only session's leader that did and was started after the agent was asked for."""
         for proc in self.survivors(agent):
             if proc.session == proc.pid:
                 return proc.pid, proc.start

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import zmq
 
-from ..core.keeper import make_state_dir, start_detached
 from ..core.link import FrameLink, LineLink, dial, socket_path
 from ..core.lock import await_free, held
+from ..core.serving import make_state_dir, start_detached
 from ..errors import LinkError, RequestError, StartError
 from ..results import Health, ServerStats
 from ..wire import encode, new_id
@@ -174,7 +174,8 @@ class Stopper:
     def over(self, absent: bool, gone_secs: float) -> bool:
         """Whether the core has ended: it took its socket away, or it died while it was to end."""
         if self.closing:
-            return (absent and gone_secs > _UNLINKED_SECS) or gone_secs > _CRASHED_SECS or time.monotonic() > self._deadline
+            gone = gone_secs > (_UNLINKED_SECS if absent else _CRASHED_SECS)
+            return gone or time.monotonic() > self._deadline
         return absent and gone_secs > _ABSENT_SECS
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""Print what it is told, when it is told: each line of stdin is `out TEXT`, `err TEXT` or `exit CODE`; bytes, not text."""
+"""Print what it is told, when it is told: each line of stdin is `out TEXT`, `err TEXT` or `exit CODE`; in bytes."""
 import os
 import sys
 

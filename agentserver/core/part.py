@@ -1,0 +1,114 @@
+"""Core or shell, as the keeper sees them: one process of our own program.
+
+Owns:    how a part is started, whether it lives, and when it may be started again; which program that is.
+Runs in: the keeper.
+Unaware: of what the parts do and of each other.
+"""
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+
+from ..config import ServerConfig
+from . import process
+from .channel import Channel, Json
+
+BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a part that does not come up is started again
+LEAST_LIFE_SECS = 0.1        # a part that got ready and lived so long is started again at once
+
+
+class Part:
+    """Core or shell: how it is started, whether it lives, when it may be started again."""
+
+    def __init__(self, name: str, config: ServerConfig) -> None:
+        self.name, self._config = name, config
+        self.pid = 0
+        self.channel: Channel | None = None
+        self.ready: Json = {}
+        self.endpoints: Json = {}  # where it listens, for the next one too: it may die before it is ready
+        self.failed = ""        # the sentence with which it gave up
+        self.done = False       # it said that it is through
+        self.yielded = False    # it waits for its successor to serve, or to fail
+        self.ours = True        # our child; else adopted, and only its channel tells of its end
+        self.began = 0.0        # monotonic
+        self.again_at = 0.0     # when to start it (again)
+        self._pause = 0.0
+
+    def start(self, word: Json) -> None:
+        """Start the process and tell it `word`."""
+        self.began = time.monotonic()
+        ours, theirs = socket.socketpair()
+        log = os.open(os.path.join(self._config.state_dir, self.name + ".log"),
+                      os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            self.pid = process.start([*program(), "_" + self.name], {0: theirs.fileno(), 1: log, 2: log})
+        finally:
+            theirs.close()
+            os.close(log)
+        self.channel, self.ready, self.failed = Channel(ours), {}, ""
+        self.ours = True
+        self.channel.send(word)
+
+    def adopt(self, sock: socket.socket) -> Json:
+        """Take over a core whose keeper died, through its own socket; return what it says of the server."""
+        self.channel = Channel(sock)
+        word = self.channel.next()
+        self.pid, self.ours, self.began = int(word["ready"]["pid"]), False, time.monotonic()
+        self.hear(word)
+        return word
+
+    def dead(self) -> None:
+        """It has ended: note when it may be started again."""
+        now = time.monotonic()
+        first, most = BACKOFF_SECS
+        crashed_at_once = not self.ready or now - self.began < LEAST_LIFE_SECS
+        self._pause = min(max(first, self._pause * 2), most) if crashed_at_once else 0.0
+        self.pid, self.again_at = 0, now + self._pause
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
+    def hear(self, word: Json) -> None:
+        """Note what it said of itself."""
+        self.ready = word.get("ready", self.ready)
+        self.endpoints = {k: v for k, v in self.ready.items() if k.endswith("endpoint")} or self.endpoints
+        self.failed = word.get("failed", self.failed)
+        self.done = word.get("done", self.done)
+
+    def state(self) -> Json:
+        """Return what a newer version of us needs to go on with it."""
+        return {"pid": self.pid, "channel": self.channel.fileno() if self.channel is not None else -1,
+                "ready": self.ready, "endpoints": self.endpoints, "ours": self.ours}
+
+    def restore(self, state: Json) -> None:
+        """Go on with a process that an older version of us has started."""
+        self.pid, self.ready, self.ours, self.began = state["pid"], state["ready"], state["ours"], time.monotonic()
+        self.endpoints = state["endpoints"]
+        if state["channel"] >= 0:
+            os.set_inheritable(state["channel"], False)
+            self.channel = Channel(socket.socket(fileno=state["channel"]))
+
+    def stop(self, again: bool = False) -> None:
+        """Ask it to leave; `again`: another comes in its place."""
+        if self.channel is not None:
+            self.channel.send({"stop": True, "again": again})
+
+
+def home() -> str:
+    """Return where this very package is: its directory, or the single file that holds it."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return package if os.path.isdir(package) else os.path.dirname(package)
+
+
+def program() -> list[str]:
+    """Return the argv that starts this very package."""
+    where = home()
+    return [sys.executable, os.path.join(where, "__main__.py") if os.path.isdir(where) else where]
+
+
+def can_start() -> bool:
+    """Whether the code that is on disk now can be loaded at all; a keeper that could not would be a dead one."""
+    pid = process.start([*program(), "_check"], {})
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
