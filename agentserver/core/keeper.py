@@ -110,10 +110,10 @@ class Part:
             os.set_inheritable(state["channel"], False)
             self.channel = Channel(socket.socket(fileno=state["channel"]))
 
-    def stop(self) -> None:
-        """Ask it to leave."""
+    def stop(self, again: bool = False) -> None:
+        """Ask it to leave; with `again` it is to be started anew."""
         if self.channel is not None:
-            self.channel.send({"stop": True})
+            self.channel.send({"stop": True, "again": again})
 
 
 class Keeper:
@@ -303,7 +303,7 @@ class Keeper:
             if core.channel is not None:
                 core.channel.send({"leave": True})
             if self._shell is not None:
-                self._shell.stop()  # it is started again with the new code, on the same endpoints
+                self._shell.stop(again=True)  # it is started again with the new code, on the same endpoints
 
     def _renew(self) -> None:
         """After a reload: if our own code has changed too, become it, in place; the parts need not notice."""

@@ -151,6 +151,7 @@ class Stopper:
         self._deadline = float("inf")
         self.asked = False
         self.closing = False
+        self.followed = False
 
     def stop(self) -> None:
         """Ask for the end; no lock and no waiting, because a signal handler may call it."""
