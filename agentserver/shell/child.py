@@ -25,7 +25,7 @@ class Kept:
     """The owner of a loop whose keeper decides: ends on its word, or when keeper and core are both gone."""
 
     closing = False    # the keeper asks the core to end, not we
-    renewing = False
+    followed = False   # the keeper starts another shell when we leave
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -47,10 +47,10 @@ class Kept:
                 self.wake_fd = self._never.fileno()
             else:
                 self._stopped = self._stopped or bool(word.get("stop"))
-                self.renewing = bool(word.get("again"))
+                self.followed = bool(word.get("again", self.followed))
 
     def _leave(self) -> None:
-        self._stopped = True
+        self._stopped = self.followed = True
         self._kept.send(b"x")  # wakes the loop
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ Json = Dict[str, Any]
 class ZmqLink:
     """A way to a server over ZeroMQ, with the interface of `core.link.Link`."""
 
-    attempt_secs = 2.0       # a request that a dying shell took is gone, and nobody tells us
+    attempt_secs = 0.3       # a request that a dying shell took is gone, and nobody tells us; doubled each time
     recheck_secs = 3.0       # published messages may be lost in silence
 
     def __init__(self, endpoint: str) -> None:

@@ -23,6 +23,7 @@ from .endpoints import failed_reply
 PEER = encode({"kind": "zmq", "name": "tcp client"})
 _SLICE_SECS = 1.0      # how often a held request looks at whether the server is to end
 _SOON_SECS = 5.0       # so long a lost core is looked for eagerly
+_LAST_SECS = 5.0       # for the last request to be answered, when another shell is to follow this one
 _MEET_MS = 5           # between two tries to reach a core that is starting beside us
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
@@ -32,7 +33,7 @@ class Owner(Protocol):
 
     wake_fd: int       # readable when `woken` should be called
     closing: bool      # the core is to be asked to shut down
-    renewing: bool     # another shell comes in our place: who has asked gets an answer first
+    followed: bool     # when it is over, another loop takes our place
 
     def woken(self) -> None:
         """Read what is to be read from `wake_fd`."""
@@ -78,7 +79,10 @@ class RepLoop:
                     return
                 continue
             raw = recv()
-            send(self._refuse_parts() if option(more) else self._ask(raw))
+            reply = self._refuse_parts() if option(more) else self._ask(raw)
+            if reply is None:
+                return
+            send(reply)
 
     def _settle(self) -> None:
         """Give the reply that is owed if an exception (Ctrl-C) came between a request and its reply."""
@@ -94,7 +98,7 @@ class RepLoop:
 
     # ---------------------------------------------------------------- asking the core
 
-    def _ask(self, raw: bytes) -> bytes:
+    def _ask(self, raw: bytes) -> Optional[bytes]:
         now = time.monotonic()
         final = now + self._request_secs
         try:
@@ -103,10 +107,15 @@ class RepLoop:
             reply = None
         return self._hold(raw, final) if reply is None else reply
 
-    def _hold(self, raw: bytes, final: float) -> bytes:
-        """Go on asking: the core is slow, or being started again, or we were woken meanwhile."""
-        while not self._tend() or self._owner.renewing:
+    def _hold(self, raw: bytes, final: float) -> Optional[bytes]:
+        """Go on asking: the core is slow, or being started again, or we were woken meanwhile. Return `None` if it is
+        over and whoever asked has to ask the one that follows us, which the client library does by itself."""
+        leave_by = 0.0
+        while not (over := self._tend()) or self._owner.followed:
             now = time.monotonic()
+            leave_by = leave_by or (now + _LAST_SECS if over else 0.0)
+            if over and now >= leave_by:
+                return None
             if now >= final:
                 return failed_reply(raw, "unavailable", "the server's core is away and did not come back in "
                                     f"{self._request_secs:g} s; ask again with the same request_id, which is safe")

@@ -151,7 +151,8 @@ class Stopper:
         self._most_secs = most_secs
         self._deadline = float("inf")
         self.asked = False
-        self.closing = self.renewing = False
+        self.closing = False
+        self.followed = False
 
     def stop(self) -> None:
         """Ask for the end; no lock and no waiting, because a signal handler may call it."""

@@ -64,7 +64,8 @@ class Ledger:
         self.losses: List[str] = []
         self.counts: Dict[str, int] = {}
         self.disk: List[List[float]] = []  # when the disk was full: from, to
-        self.keeper_deaths: List[float] = []  # whoever lived then may end without anybody to tell how
+        #: from the death of a keeper to the next core: whoever lived or began then may end without anybody to tell how
+        self.fostered: List[List[float]] = []
         self.lateness = 0.0                # the most that a limit came too late
 
     def add(self, name: str, count: int = 1) -> None:
@@ -106,7 +107,7 @@ class Ledger:
         own = (record.get("code"), record.get("signal_number")) == (
             (entry.code, None) if entry.code >= 0 else (None, -entry.code))
         unknown = record.get("code") is None and record.get("signal_number") is None
-        if unknown and any(at >= entry.asked for at in self.keeper_deaths):
+        if unknown and any(window[1] >= entry.asked for window in self.fostered):
             self.add("ends without a code, of agents that outlived a keeper")
             return False
         if info["status"] == "terminated":

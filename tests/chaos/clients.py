@@ -68,7 +68,9 @@ class Asker:
                 self._ledger.add("requests answered")
                 return reply
             except RequestError as e:
-                if e.code not in AGAIN:
+                if e.code == "shutting_down":  # nobody shuts it down
+                    self._ledger.loss("wrong", f"{message['type']} was refused: {e}")
+                elif e.code not in AGAIN:
                     if e.code in ("internal", "request_id_conflict", "bad_request", "unknown_type"):
                         self._ledger.loss("wrong", f"{message['type']} was answered with {e.code}: {e}")
                     self._ledger.add("requests answered")

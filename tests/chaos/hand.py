@@ -95,6 +95,7 @@ class Hand(threading.Thread):
         self.done: Dict[str, int] = {}
         self._over = threading.Event()
         self.failed = ""
+        self._fostered = 0  # the core that a new keeper found
 
     # ------------------------------------------------------------ the parts
 
@@ -142,6 +143,16 @@ class Hand(threading.Thread):
         self._say(f"  {fault}")
         if getattr(self, "_" + fault.replace(",", "").replace("-", "").replace(" ", "_"))():
             self.done[fault] = self.done.get(fault, 0) + 1
+        if self._ledger.fostered and self._ledger.fostered[-1][1] == float("inf"):
+            self._note_next_core()
+
+    def _note_next_core(self) -> None:
+        """A core that the keeper started itself is its child, and so are then the agents that such a core leaves."""
+        core = self.part("core")
+        if core is not None and core.pid != self._fostered:
+            self._ledger.fostered[-1][1] = time.monotonic() + 0.5
+        if core is not None:
+            core.close()
 
     def _kill_core(self) -> bool:
         return self.signal("core", signal.SIGKILL)
@@ -229,11 +240,14 @@ class Hand(threading.Thread):
         """Kill the keeper; perhaps something else before a new serve comes."""
         if not self.signal("keeper", signal.SIGKILL):
             return False
-        self._ledger.keeper_deaths.append(time.monotonic())
+        core = self.part("core")
+        self._fostered = core.pid if core else 0
+        if core:
+            core.close()
+        self._ledger.fostered.append([time.monotonic(), float("inf")])
         self.server.process.wait()
         if self.server.process.stdout:
             self.server.process.stdout.close()
         time.sleep(self._dice.random() * 0.5)
-        self._ledger.keeper_deaths.append(time.monotonic())
         self.server = Server(self.state_dir, *self._flags, endpoint=self.endpoint, pub_endpoint=self.pub_endpoint)
         return True
