@@ -93,7 +93,7 @@ def _not_started(record: ExitRecord) -> str:
 
 
 def _lost(record: ExitRecord) -> str:
-    return ("The server lost it: the part that owned it died, what was still running of the agent was ended, "
+    return ("The server lost it: it ended, or was ended, while none of the server's processes could see how, "
             "and nobody can know its exit code.")
 
 

@@ -35,9 +35,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     held        what the keeper holds for the next core
     renew       a keeper that becomes its own newer version, in place
     part        core or shell as the keeper sees them: start, pace, words
-    part        core or shell as the keeper sees them: start, pace, words
     keeper      the keeper process: start, watch, start again, reload
-    serving     the ways in: in the foreground, detached, as its own newer version
     serving     the ways in: in the foreground, detached, as its own newer version
 
 Runs in: see each file.

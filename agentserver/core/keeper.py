@@ -43,7 +43,7 @@ class Keeper:
                  log: str) -> None:
         self._config, self._on_ready, self._lock, self._log = config, on_ready, lock, log
         self._say = Log(log or None, config.log_bytes)
-        self._stamp, self._renewing = stamp(home()), False
+        self._stamp, self._renewing, self._reload_asked = stamp(home()), False, False
         self._started_at, self._generation = time.time(), 1
         self._nofile = process.raise_descriptor_limit()[0]
         self._notify = Notify(os.environ)
@@ -88,6 +88,7 @@ class Keeper:
                     return code
                 self._announce()
                 self._again()
+                self._reload()
                 self._renew()
         finally:
             self._notify.stopping()
@@ -200,8 +201,11 @@ class Keeper:
     # ------------------------------------------------------------ reload
 
     def _reload(self) -> None:
-        """Start a successor beside the core. Until it serves, the core before it stays ready to go on."""
-        if self._next is None and self._before is None and not self._stopping and self._core.ready:
+        """If a reload was asked for and none is under way, start a successor beside the core. Until it serves, the
+        core before it stays ready to go on."""
+        idle = self._next is None and self._before is None and self._core.pid and self._core.ready
+        if self._reload_asked and idle and not self._stopping:
+            self._reload_asked = False
             self._notify.reloading()
             self._next = Part("core", self._config)
             self._next.start(self._hello(standby=True, generation=self._generation + 1))
@@ -210,7 +214,7 @@ class Keeper:
         """One step of a reload: stand by, yield, hand over, serve, leave."""
         core, following = self._core, self._next
         if word.get("reload"):
-            self._reload()
+            self._reload_asked = True
         elif "standby" in word and part is following and core.channel is not None:
             core.channel.send({"yield": True})
         elif "yielded" in word and part is core and following is not None and following.channel is not None:
@@ -291,7 +295,7 @@ class Keeper:
                 self._notify.stopping(self._config.shutdown_timeout_secs + 2 * PART_STOP_SECS)
             self._core.stop()
         elif signal.SIGHUP in numbers:
-            self._reload()
+            self._reload_asked = True
 
     # ------------------------------------------------------------ ends
 
