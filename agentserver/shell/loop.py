@@ -53,6 +53,7 @@ class RepLoop:
         self._poll = select.poll()
         self._rep_fd = int(rep.getsockopt(zmq.FD))
         self._watched = (-1, -1)
+        self._over = False
         self._gone_at: Optional[float] = time.monotonic()
         self._shutdown = encode({"type": "shutdown_request", "request_id": new_id()})
         self._shutdown_on = 0  # the connection to the core on which it was sent
@@ -83,6 +84,8 @@ class RepLoop:
             if reply is None:
                 return
             send(reply)
+            if self._over:  # it was noticed while somebody waited for this reply, and nothing wakes us again
+                return
 
     def _settle(self) -> None:
         """Give the reply that is owed if an exception (Ctrl-C) came between a request and its reply."""
@@ -169,7 +172,8 @@ class RepLoop:
                 self._link.post(PEER, self._shutdown)
             except LinkError:
                 pass  # the next connection gets it
-        return owner.over(absent, 0.0 if self._gone_at is None else time.monotonic() - self._gone_at)
+        self._over = owner.over(absent, 0.0 if self._gone_at is None else time.monotonic() - self._gone_at)
+        return self._over
 
     def _reach(self) -> bool:
         """Connect to the core if it is not; return whether its socket is absent."""
