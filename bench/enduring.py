@@ -144,7 +144,8 @@ class Killed(Benchmark):
             server.spawn_many(self.agents)
             pids = [agent["pid"] for agent in server.ask("list_agents_request")["agents"]]
             starts = {pid: _started(pid) for pid in pids}
-            victim = server.pids()[who]
+            parts = server.pids()
+            victim = parts[who]
             os.kill(victim, signal.SIGKILL)
             try:
                 return {**self._back(server, who, victim), who: _alive(starts)}
@@ -152,6 +153,10 @@ class Killed(Benchmark):
                 for pid, started in starts.items():
                     if started and _started(pid) == started:
                         os.kill(pid, signal.SIGKILL)
+                if who == "keeper":  # nobody else would end the two that it left
+                    server.ask("shutdown_request")
+                    until(lambda: not any(os.path.exists(f"/proc/{parts[part]}") for part in ("core", "shell")), 30,
+                          "core and shell are still there without their keeper")
 
     def _back(self, server: Server, who: str, victim: int) -> Figures:
         """Wait for an answer from the successor; return after how many ms it came."""
