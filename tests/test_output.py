@@ -483,9 +483,9 @@ def test_a_disk_that_stays_full_does_not_collect_files(place: str, monkeypatch: 
     for _ in range(20):
         clock.at += 1.1
         log.append("stdout", b"lost")
-    assert names(place, "stdout") == [f"stdout.{0:020d}", f"stdout.{4 + 19 * 4:020d}"]
-    log.close()
-    assert OutputLog(place, CAP).span("stdout") == (0, 84)
+        # whoever comes after a SIGKILL at this moment gives no offset a second time
+        assert OutputLog(place, CAP).span("stdout") == log.span("stdout")
+    assert names(place, "stdout") == [f"stdout.{0:020d}", f"stdout.{4 + 20 * 4:020d}"]
 
 
 def test_a_clock_set_back_does_not_stop_the_recording(place: str, monkeypatch: pytest.MonkeyPatch) -> None:

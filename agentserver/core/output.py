@@ -1,29 +1,27 @@
 """What one agent wrote: every byte of both streams, by absolute offset, bounded on disk.
 
-Owns:    the files `stdout.*`, `stderr.*` (segments named by their first offset) and `index.*` (when
-         it was written) of one agent's directory, their descriptors, and what is kept of them.
+Owns:    the files `stdout.*` and `stderr.*` (segments named by their first offset) of one agent's directory,
+         their descriptors, and what is kept of them. When it was written is in index.py.
 Runs in: the core's loop; nothing here waits for the agent, only for the local disk.
 Unaware: of processes, text, lines, agents and who reads.
 
 A segment is a plain file, so `tail` and `grep` read it. An offset is never used twice; a byte that
-could not be recorded (disk full) still takes its offset, and reading steps over such a gap.
-An index record says: at this time the streams ended here and there. Each one can be read alone, so
-a damaged, short or missing index costs exact times and nothing else.
+could not be recorded (disk full) still takes its offset, and reading steps over such a gap. An empty
+segment marks where the next byte goes then, so that its offset outlives us too.
 """
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
-import struct
 import sys
 import termios
 import time
 from typing import Any, Callable, Iterator, NamedTuple
 
+from .index import LEAST_SEGMENT, OPEN, SEGMENT_BYTES, STDERR, STDOUT, TIME, Index, quietly, read_file
+
 CHUNK = 128 * 1024
-SEGMENT_BYTES = 4 * 1024 * 1024
-LEAST_SEGMENT = 4096
 LEAST_CAP = 8 * LEAST_SEGMENT       # a smaller cap counts as this one
 RETRY_SECS = 1.0                    # between attempts to record again on a disk that failed
 SAME_TIME_SECS = 0.001              # chunks of one stream within it share an index record
@@ -34,12 +32,6 @@ _splice: Any = getattr(os, "splice", None)  # Linux, Python >= 3.10
 _NONBLOCK = int(getattr(os, "SPLICE_F_NONBLOCK", 0))
 #: splice does not work between these two files, and never will
 _NO_SPLICE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC   # never O_APPEND: splice refuses it
-
-_RECORD = struct.Struct("<QQQ")     # microseconds since the epoch, end of stdout, end of stderr
-_TIME, _STDOUT, _STDERR = range(3)  # its columns
-_NO_RECORD = (0, 0, 0)
-
 
 class OutputRead(NamedTuple):
     """Bytes of a stream; `dropped` of them, before `offset`, were asked for and are not kept."""
@@ -68,9 +60,9 @@ class OutputLog:
         # an eighth: then index (a quarter) and both open segments always leave closed ones to drop
         self._segment_bytes = max(LEAST_SEGMENT, min(segment_bytes, self._cap // 8))
         self._now = now
-        self._out = _Stream("stdout", _STDOUT)
-        self._err = _Stream("stderr", _STDERR)
-        self._index = _Index(directory)
+        self._out = _Stream("stdout", STDOUT)
+        self._err = _Stream("stderr", STDERR)
+        self._index = Index(directory)
         self._writing: _Stream | None = None        # the stream of the chunks that share a time
         self._since = 0.0                           # when the first of them was written
         self._at = 0.0                              # when the last output was written
@@ -116,8 +108,6 @@ class OutputLog:
             self._trim()
         self._retry_at = 0.0
         for s in (self._out, self._err):
-            if s.gap:
-                self._ready(s)  # an empty segment: the end offset outlives us though its bytes were lost
             s.close()
             s.splice = _splice is not None
         self._index.close()
@@ -136,7 +126,9 @@ class OutputLog:
                 break
             self._count(s, count)
             rest = rest[count:]
-        s.lose(len(rest))
+        if len(rest):
+            s.lose(len(rest))
+            self._mark(s)
 
     def _count(self, s: _Stream, count: int) -> None:
         """Account for `count` bytes that are in the open segment now."""
@@ -201,17 +193,27 @@ class OutputLog:
             if s.size >= self._segment_bytes or s.gap:
                 self._open(s)
 
+    def _mark(self, s: _Stream) -> None:
+        """Leave an empty segment at the end of a stream whose last bytes were lost. A new name, or moving one, is
+        possible on nearly every full disk, which the registry is not."""
+        s.close()
+        self._begin(s)
+        try:
+            os.close(self._create(self._path(s, s.start)))
+        except OSError:         # then the end is known as long as we live
+            pass
+
     def _create(self, path: str) -> int:
         try:
-            return os.open(path, _OPEN, 0o600)
+            return os.open(path, OPEN, 0o600)
         except FileNotFoundError:
             os.makedirs(self._directory, 0o700, exist_ok=True)
-            return os.open(path, _OPEN, 0o600)
+            return os.open(path, OPEN, 0o600)
 
     def _begin(self, s: _Stream) -> None:
         """Leave the last segment behind; the next one starts at the end offset."""
         if not s.size:          # an empty one only marked the end: move the mark, which needs no space
-            _quietly(os.rename, self._path(s, s.start), self._path(s, s.end))
+            quietly(os.rename, self._path(s, s.start), self._path(s, s.end))
         s.begin()
         if len(s.closed) > SPARE_SEGMENTS + self._cap // self._segment_bytes:
             self._drop_oldest(s)
@@ -226,7 +228,7 @@ class OutputLog:
         self._index.forget(self._out.first, self._err.first)
 
     def _drop_oldest(self, s: _Stream) -> None:
-        _quietly(os.unlink, self._path(s, s.drop_oldest()))
+        quietly(os.unlink, self._path(s, s.drop_oldest()))
 
     def _recover(self) -> None:
         """Find out from the directory what is there."""
@@ -290,7 +292,7 @@ class OutputLog:
         try:
             if s.fd >= 0 and start == s.start:
                 return os.pread(s.fd, count, position)
-            return _read_file(self._path(s, start), position, count)
+            return read_file(self._path(s, start), position, count)
         except OSError as e:
             if e.errno in (errno.ENOENT, errno.EIO):
                 return b""
@@ -308,7 +310,7 @@ class OutputLog:
         for record in self._index.records(s.column, at + 1) if at < stop else ():
             end = min(record[s.column], stop)
             if end > at:
-                found.append((record[_TIME] / 1e6, end))
+                found.append((record[TIME] / 1e6, end))
                 at = end
             if at >= stop:
                 break
@@ -321,7 +323,7 @@ class OutputLog:
         s = self._stream(stream)
         if round(self._at * 1e6) < round(when * 1e6):
             return s.end
-        before = self._index.last_before(_TIME, round(when * 1e6))
+        before = self._index.last_before(TIME, round(when * 1e6))
         return max(s.first, min(before[s.column], s.end))
 
     @staticmethod
@@ -329,7 +331,7 @@ class OutputLog:
         """Remove the directory of a log that is closed; tell whether it is gone."""
         try:
             for name in os.listdir(directory):
-                _quietly(os.unlink, f"{directory}/{name}")
+                quietly(os.unlink, f"{directory}/{name}")
             os.rmdir(directory)
         except FileNotFoundError:
             return True
@@ -400,7 +402,7 @@ class _Stream:
     def close(self) -> None:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            _quietly(os.close, fd)
+            quietly(os.close, fd)
 
     def next_kept(self, offset: int) -> int:
         """Return the first kept offset that is not below `offset`, or the end."""
@@ -421,135 +423,6 @@ class _Stream:
             self.first = self.closed[0][0]
         else:
             self.first = self.start if self.size else self.end
-
-
-class _Index:
-    """When the output was written: records in numbered files. It never fails; at worst it knows less."""
-
-    __slots__ = ("_directory", "_limit", "_fd", "_numbers", "_size", "total")
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._limit = LEAST_SEGMENT // 4    # bytes in one file
-        self._fd = -1
-        self._numbers: list[int] = [0]      # of the files, in order; the last one is written
-        self._size = 0                      # bytes in the last file, whole records only
-        self.total = 0                      # bytes in all files
-
-    def recover(self, files: list[tuple[int, int]], limit: int) -> None:
-        self._limit = min(limit, SEGMENT_BYTES // 16)
-        if files:
-            self._numbers = [number for number, _ in files]
-            self._size = files[-1][1] // _RECORD.size * _RECORD.size
-            self.total = sum(size for _, size in files[:-1]) + self._size
-
-    def add(self, at: float, stdout_end: int, stderr_end: int) -> None:
-        """Write one record, over a partial one if there is any."""
-        try:
-            if self._fd < 0 or self._size + _RECORD.size > self._limit:
-                self._open()
-            record = _RECORD.pack(max(0, round(at * 1e6)), stdout_end, stderr_end)
-            if os.pwrite(self._fd, record, self._size) == len(record):
-                self._size += len(record)
-                self.total += len(record)
-        except OSError:
-            self.close()
-
-    def _open(self) -> None:
-        self.close()
-        if self._size + _RECORD.size > self._limit:
-            self._numbers.append(self._numbers[-1] + 1)
-            self._size = 0
-        self._fd = os.open(self._path(self._numbers[-1]), _OPEN, 0o600)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            fd, self._fd = self._fd, -1
-            _quietly(os.close, fd)
-
-    def shrink(self, most: int) -> None:
-        """Drop the oldest files until at most `most` bytes are left: times are worth less than output."""
-        while self.total > most and len(self._numbers) > 1:
-            self._drop_oldest()
-
-    def forget(self, stdout_first: int, stderr_first: int) -> None:
-        """Drop the files that speak only of bytes before these offsets."""
-        while len(self._numbers) > 1:
-            _at, stdout_end, stderr_end = self._last(self._numbers[0])
-            if stdout_end > stdout_first or stderr_end > stderr_first:
-                return
-            self._drop_oldest()
-
-    def _drop_oldest(self) -> None:
-        path = self._path(self._numbers.pop(0))
-        try:
-            self.total -= os.stat(path).st_size
-            os.unlink(path)
-        except OSError:
-            pass
-        if len(self._numbers) == 1:
-            self.total = self._size     # whatever strangers did to the files, the sum is right again
-
-    def records(self, column: int, least: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the records from the first one on whose `column` is at least `least`."""
-        place, position, data = self._find(column, least)
-        while True:
-            yield from _RECORD.iter_unpack(data[position * _RECORD.size:])
-            place += 1
-            if place >= len(self._numbers):
-                return
-            position, data = 0, self._load(self._numbers[place])
-
-    def last_before(self, column: int, limit: int) -> tuple[int, int, int]:
-        """Return the last record whose `column` is below `limit`, or zeros."""
-        place, position, data = self._find(column, limit)
-        if position:
-            return _record(data, position - 1)
-        return self._last(self._numbers[place - 1]) if place else _NO_RECORD
-
-    def _find(self, column: int, least: int) -> tuple[int, int, bytes]:
-        """Return file, position and the file's records of the first record with `column` >= `least`."""
-        low, high = 0, len(self._numbers) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._last(self._numbers[middle])[column] >= least:
-                high = middle
-            else:
-                low = middle + 1
-        data = self._load(self._numbers[low])
-        first, last = 0, len(data) // _RECORD.size
-        while first < last:
-            middle = (first + last) // 2
-            if _record(data, middle)[column] >= least:
-                last = middle
-            else:
-                first = middle + 1
-        return low, first, data
-
-    def _load(self, number: int) -> bytes:
-        """Return the whole records of one file."""
-        most = self._size if number == self._numbers[-1] else SEGMENT_BYTES
-        try:
-            data = _read_file(self._path(number), 0, most) if most else b""
-        except OSError:
-            return b""
-        return data[:len(data) // _RECORD.size * _RECORD.size]
-
-    def _last(self, number: int) -> tuple[int, int, int]:
-        path = self._path(number)
-        try:
-            size = self._size if number == self._numbers[-1] else os.stat(path).st_size
-            count = size // _RECORD.size
-            return _record(_read_file(path, (count - 1) * _RECORD.size, _RECORD.size), 0) if count else _NO_RECORD
-        except (OSError, struct.error):
-            return _NO_RECORD
-
-    def _path(self, number: int) -> str:
-        return f"{self._directory}/index.{number:020d}"
-
-
-def _record(data: bytes, position: int) -> tuple[int, int, int]:
-    return _RECORD.unpack_from(data, position * _RECORD.size)
 
 
 def _kept(s: _Stream) -> int:
@@ -573,14 +446,6 @@ def _read_chunk(fd: int) -> bytes:
         raise
 
 
-def _read_file(path: str, position: int, count: int) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, count, position)
-    finally:
-        os.close(fd)
-
-
 def _numbered_files(directory: str) -> Iterator[tuple[str, int, os.stat_result]]:
     """Yield (name, number, status) of every file that is called like one of ours."""
     try:
@@ -590,12 +455,4 @@ def _numbered_files(directory: str) -> Iterator[tuple[str, int, os.stat_result]]
                 if len(digits) == 20 and digits.isascii() and digits.isdigit() and int(digits) <= MAX_OFFSET:
                     yield name, int(digits), entry.stat(follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
-        pass
-
-
-def _quietly(call: Callable[..., object], *args: object) -> None:
-    """Do what cannot be mended when it fails."""
-    try:
-        call(*args)
-    except OSError:
         pass
