@@ -5,6 +5,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     framing     messages cut from a stream                        pure
     lifecycle   the statuses and how they follow each other       pure
     backends    from a request to argv, environment, stdin        pure
+    index       when it was written
     output      what an agent wrote, by absolute offset
     log         our own log
     lock        one process per job and state directory
@@ -22,10 +23,11 @@ Owns:    this map. Read in this order; each file uses only those above it:
     agent       the record of one agent
     stdin       what goes to an agent's stdin: accepted once, written once
     run         one attempt while its process exists: output pipes, timers
-    takeover    going on where a core before us stopped
+    takeover    what a core before us left of each agent
     family      which processes belong to which agent
     ending      the stop ladder, the exit, the exit record
     supervisor  policy: what is wanted against what is
+    adoption    going on with the agents that a core before us left
     commands    what can be asked of one agent
     control     handle(): decode, dispatch, do once, encode
     connection  one connection to core.sock
@@ -44,5 +46,5 @@ Unaware: of the network, the client and the command line.
 One request, from socket to process and back: connection -> control.handle -> commands -> supervisor
 -> registry (commit) -> takeover (pipes to the keeper) -> witness -> process -> registry (commit) ->
 connection. Its end: SIGCHLD or the keeper's word -> ending -> supervisor -> registry and feed -> connection.
-A new core, after whatever came before: takeover.inherit -> supervisor.load -> service.
+A new core, after whatever came before: takeover.inherit -> adoption.load -> service.
 """

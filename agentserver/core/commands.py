@@ -16,6 +16,7 @@ from . import process, tree
 from .agent import Agent
 from .facts import Facts
 from .feed import Subscriber
+from .registry import Ask
 from .run import STREAMS, whole_characters
 from .supervisor import Supervisor
 
@@ -32,14 +33,14 @@ class Commands:
 
     def __init__(self, supervisor: Supervisor, facts: Facts) -> None:
         self._supervisor, self._facts = supervisor, facts
-        self._table: dict[str, Callable[[Agent, Any, str], Json]] = {
+        self._table: dict[str, Callable[[Agent, Any, Ask], Json]] = {
             "pause": self._pause, "resume": self._resume, "stop": self._stop, "kill": self._kill,
             "restart": self._restart, "get_status": self._get_status, "inspect": self._inspect,
             "write_stdin": self._write_stdin, "close_stdin": self._close_stdin,
-            "read_stdout": lambda agent, payload, by: self._read(agent, payload, "stdout"),
-            "read_stderr": lambda agent, payload, by: self._read(agent, payload, "stderr"),
+            "read_stdout": lambda agent, payload, ask: self._read(agent, payload, "stdout"),
+            "read_stderr": lambda agent, payload, ask: self._read(agent, payload, "stderr"),
             "signal": self._signal, "resize": self._resize,
-            "custom_action": lambda agent, payload, by: self.act(agent, payload.action, payload.params),
+            "custom_action": lambda agent, payload, ask: self.act(agent, payload.action, payload.params),
             "stream_logs": self._stream_logs, "remove": self._remove}
 
     def check(self, command: str, payload: Json) -> Any:
@@ -50,52 +51,59 @@ class Commands:
                                "unknown_command")
         return read(cls, payload, "payload")
 
-    def run(self, agent: Agent, command: str, payload: Json, by: str) -> Json:
+    def run(self, agent: Agent, command: str, payload: Json, ask: Ask) -> Json:
         """Run one command on one agent and return its data."""
-        return self.do(agent, command, self.check(command, payload), by)
+        return self.do(agent, command, self.check(command, payload), ask)
 
-    def do(self, agent: Agent, command: str, checked: Any, by: str) -> Json:
+    def do(self, agent: Agent, command: str, checked: Any, ask: Ask) -> Json:
         """Run one command whose payload was checked."""
-        return self._table[command](agent, checked, by)
+        return self._table[command](agent, checked, ask)
 
     # ------------------------------------------------------------ control
 
-    def _pause(self, agent: Agent, payload: m.PausePayload, by: str) -> Json:
+    def _pause(self, agent: Agent, payload: m.PausePayload, ask: Ask) -> Json:
         return {"paused": True, "mode": self._supervisor.pause(agent)}
 
-    def _resume(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+    def _resume(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         self._supervisor.resume(agent)
         return {"resumed": True}
 
-    def _stop(self, agent: Agent, payload: m.StopPayload, by: str) -> Json:
-        self._supervisor.stop(agent, by, payload.grace_secs)
+    def _stop(self, agent: Agent, payload: m.StopPayload, ask: Ask) -> Json:
+        if agent.id not in ask.begun:
+            self._supervisor.stop(agent, ask, payload.grace_secs)
         return {"stopping": True}
 
-    def _kill(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
-        self._supervisor.kill(agent, by)
+    def _kill(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
+        if agent.id not in ask.begun:
+            self._supervisor.kill(agent, ask)
         return {"killing": True}
 
-    def _restart(self, agent: Agent, payload: m.StopPayload, by: str) -> Json:
-        return {"attempt": self._supervisor.restart(agent, by, payload.grace_secs)}
+    def _restart(self, agent: Agent, payload: m.StopPayload, ask: Ask) -> Json:
+        if agent.id not in ask.begun:
+            return {"attempt": self._supervisor.restart(agent, ask, payload.grace_secs)}
+        return {"attempt": agent.attempt + (agent.want == "restart")}
 
-    def _signal(self, agent: Agent, payload: m.SignalPayload, by: str) -> Json:
+    def _signal(self, agent: Agent, payload: m.SignalPayload, ask: Ask) -> Json:
         number = process.signal_number(payload.signal)
-        self._supervisor.signal(agent, number, by)
+        if agent.id in ask.begun:
+            raise RequestError("the server's core died while it sent the signal, and whether it was sent is not known; "
+                               "if it has to be sent, ask with a new request_id", "unavailable")
+        self._supervisor.signal(agent, number, ask)
         return {"signal_sent": process.signal_name(number)}
 
-    def _resize(self, agent: Agent, payload: m.ResizePayload, by: str) -> Json:
+    def _resize(self, agent: Agent, payload: m.ResizePayload, ask: Ask) -> Json:
         raise RequestError(f"{agent.label()} does not run on a terminal (stdin is {agent.stdin})", "invalid_state")
 
-    def _remove(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+    def _remove(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         self._supervisor.remove(agent)
         return {"removed": True}
 
     # ------------------------------------------------------------ seeing
 
-    def _get_status(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+    def _get_status(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         return {"status": agent.status}
 
-    def _inspect(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+    def _inspect(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         spec = self._supervisor.registry.spec(agent.id)
         spec["environment"] = {name: "(hidden)" for name in spec.get("environment") or {}}
         members = self._supervisor.family.members([agent])[agent.id] if agent.alive else []
@@ -105,7 +113,7 @@ class Commands:
                 "resources": tree.usage(agent.pid) if agent.pid else {},
                 "disk_bytes": agent.output.disk_bytes()}
 
-    def _stream_logs(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+    def _stream_logs(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         endpoint = self._facts.metadata()["pub_endpoint"]
         return {"pub_endpoint": endpoint, "topic": f"{agent.id}.", "enabled": bool(endpoint), "offsets": {
             stream: self._standing(agent, stream) for stream in STREAMS}}
@@ -123,7 +131,7 @@ class Commands:
 
     # ------------------------------------------------------------ streams
 
-    def _write_stdin(self, agent: Agent, payload: m.WriteStdinPayload, by: str) -> Json:
+    def _write_stdin(self, agent: Agent, payload: m.WriteStdinPayload, ask: Ask) -> Json:
         data = _stdin_bytes(payload)
         run = agent.run if agent.alive else None
         if agent.stdin == "null":
@@ -137,7 +145,7 @@ class Commands:
             run.stdin.close()
         return {"bytes_written": len(data), "buffered": buffered}
 
-    def _close_stdin(self, agent: Agent, payload: m.NoPayload, by: str) -> Json:
+    def _close_stdin(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         if agent.run is None or not agent.alive or agent.stdin == "null":
             raise RequestError(f"{agent.label()} has no open stdin", "stdin_closed")
         agent.run.stdin.close()

@@ -21,6 +21,7 @@ from .agent import Agent
 from .commands import EFFECTS, Commands
 from .facts import Facts
 from .feed import Subscriber
+from .registry import Ask
 from .supervisor import Supervisor
 
 
@@ -42,14 +43,14 @@ class Control:
     """See the module. `stats` returns the counters and what our processes use."""
 
     def __init__(self, supervisor: Supervisor, facts: Facts, stats: Callable[[], Json],
-                 on_shutdown: Callable[[m.ShutdownRequest, Peer], None], on_reload: Callable[[], None], limit: int,
+                 on_shutdown: Callable[[m.ShutdownRequest, Ask], None], on_reload: Callable[[], None], limit: int,
                  say: Callable[[str], None]) -> None:
         self._supervisor, self._facts, self._stats = supervisor, facts, stats
         self._on_shutdown, self._on_reload, self._limit, self._say = on_shutdown, on_reload, limit, say
         self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
         self._commands = Commands(supervisor, facts)
         self.remembers = False  # this turn has done something whose reply must not leave before it is on disk
-        self._handlers: dict[str, Callable[[Any, Json, Peer], Json | Done]] = {
+        self._handlers: dict[str, Callable[[Any, Ask, Peer], Json | Done]] = {
             "health_check_request": self._health, "stats_request": self._statistics,
             "spawn_request": self._spawn, "list_agents_request": self._list,
             "control_command": self._command, "custom_action_request": self._custom_action,
@@ -101,56 +102,59 @@ class Control:
         """Do what is asked, or repeat the reply if it was done."""
         request = read(cls, obj)
         if not _has_effect(request):
-            return self._do(request, obj, peer)[0]
-        request_id, digest = obj["request_id"], hashlib.sha256(canonical(obj)).digest()
-        before = self._registry.recall(request_id)
+            return self._do(request, Ask(peer.name, obj["request_id"]), peer)[0]
+        ask = Ask(peer.name, obj["request_id"], hashlib.sha256(canonical(obj)).digest())
+        before = self._registry.recall(ask.request_id)
         if before is not None:
-            if before.digest != digest:
+            if before.digest != ask.digest:
                 raise RequestError("this request_id was used for another request; give each request one of its own",
                                    "request_id_conflict")
-            return before.reply
-        reply, agent_id, changed = self._do(request, obj, peer)
+            if before.reply is not None:
+                return before.reply
+            ask = ask._replace(begun=before.begun)
+        try:
+            reply, agent_id, changed = self._do(request, ask, peer)
+        except Exception:
+            self._registry.settle(ask.request_id)
+            raise
         if changed:
             self.remembers = True
-            self._registry.remember(request_id, digest, reply, agent_id)
+            self._registry.remember(ask, reply, agent_id)
         return reply
 
-    def _do(self, request: Any, obj: Json, peer: Peer) -> tuple[bytes, str | None, bool]:
+    def _do(self, request: Any, ask: Ask, peer: Peer) -> tuple[bytes, str | None, bool]:
         """Return the reply, the agent it is remembered with, and whether anything was done."""
-        result = self._handlers[request.type](request, obj, peer)
+        result = self._handlers[request.type](request, ask, peer)
         if isinstance(result, Done):
             return result.reply, None, result.changed
-        head = {"type": request.reply, "request_id": obj["request_id"], "success": True}
+        head = {"type": request.reply, "request_id": ask.request_id, "success": True}
         agent_id = result["agent_info"]["id"] if isinstance(request, m.SpawnRequest) else None
         return encode({**head, **result}), agent_id, True
 
     # ------------------------------------------------------------ one request each
 
-    def _health(self, request: m.HealthCheckRequest, obj: Json, peer: Peer) -> Done:
+    def _health(self, request: m.HealthCheckRequest, ask: Ask, peer: Peer) -> Done:
         """Answer the request that is asked most from pieces that hardly change."""
         self._count("health_checks")
         supervisor = self._supervisor
         return Done(
             b'{"type":"health_check_response","request_id":%s,"success":true,"healthy":%s,"protocol_version":"%s",'
             b'"uptime_secs":%.6f,"active_agents":%d,"metadata":%s}' % (
-                encode_text(obj["request_id"]).encode("ascii"), b"true" if supervisor.state == "up" else b"false",
+                encode_text(ask.request_id).encode("ascii"), b"true" if supervisor.state == "up" else b"false",
                 m.PROTOCOL_VERSION.encode("ascii"), self._facts.uptime(), supervisor.active,
                 self._facts.metadata_json()))
 
-    def _statistics(self, request: m.StatsRequest, obj: Json, peer: Peer) -> Json:
+    def _statistics(self, request: m.StatsRequest, ask: Ask, peer: Peer) -> Json:
         return {"stats": self._stats()}
 
-    def _spawn(self, request: m.SpawnRequest, obj: Json, peer: Peer) -> Json:
+    def _spawn(self, request: m.SpawnRequest, ask: Ask, peer: Peer) -> Json:
         self._count("spawn_requests")
-        known = self._registry.spawned_by(obj["request_id"])
-        if known and known in self._supervisor.agents:  # we died between the deed and the reply
-            agent = self._supervisor.agents[known]
-        else:
-            agent = self._supervisor.spawn(request.config, request.metadata, obj["request_id"])
-            self._count("successful_spawns")
+        begun = [self._supervisor.agents[agent_id] for agent_id in ask.begun if agent_id in self._supervisor.agents]
+        agent = begun[0] if begun else self._supervisor.spawn(request.config, request.metadata, ask)
+        self._count("successful_spawns")
         return {"agent_info": agent.info(), "server_id": self._supervisor.config.server_id}
 
-    def _list(self, request: m.ListAgentsRequest, obj: Json, peer: Peer) -> Done:
+    def _list(self, request: m.ListAgentsRequest, ask: Ask, peer: Peer) -> Done:
         self._count("list_requests")
         wanted = request.filter_status
         every = request.all or wanted in lifecycle.TERMINAL
@@ -159,22 +163,22 @@ class Control:
                  if (every or not agent.terminal) and (wanted is None or agent.status == wanted)
                  and (not labels or labels <= agent.labels.items())]
         end = None if request.limit is None else request.offset + request.limit
-        head = {"type": request.reply, "request_id": obj["request_id"], "success": True, "total": len(found)}
+        head = {"type": request.reply, "request_id": ask.request_id, "success": True, "total": len(found)}
         return Done(_with_list(head, "agents", [agent.info_json() for agent in found[request.offset:end]]))
 
-    def _command(self, request: m.ControlCommand, obj: Json, peer: Peer) -> Json:
+    def _command(self, request: m.ControlCommand, ask: Ask, peer: Peer) -> Json:
         self._count("control_commands")
         agent = self._supervisor.find(request.agent_id)
-        data = self._commands.run(agent, request.command_type, request.payload, peer.name)
+        data = self._commands.run(agent, request.command_type, request.payload, ask)
         return {"agent_id": agent.id, "status": agent.status, "data": data}
 
-    def _custom_action(self, request: m.CustomActionRequest, obj: Json, peer: Peer) -> Json:
+    def _custom_action(self, request: m.CustomActionRequest, ask: Ask, peer: Peer) -> Json:
         self._count("control_commands")
         agent = self._supervisor.find(request.agent_id)
         data = self._commands.act(agent, request.action, request.params)
         return {"agent_id": agent.id, "status": agent.status, "data": data}
 
-    def _batch(self, request: m.BatchControlCommand, obj: Json, peer: Peer) -> Done:
+    def _batch(self, request: m.BatchControlCommand, ask: Ask, peer: Peer) -> Done:
         self._count("control_commands")
         if (request.agent_ids is None) == (request.labels is None):
             raise RequestError("give either agent_ids or labels")
@@ -187,12 +191,12 @@ class Control:
                 if request.fail_fast and failed:
                     raise RequestError("not tried, because one before it failed", "invalid_state")
                 agent = self._supervisor.find(ref)
-                results.append(done.text(agent, self._commands.do(agent, request.command_type, checked, peer.name)))
+                results.append(done.text(agent, self._commands.do(agent, request.command_type, checked, ask)))
             except RequestError as e:
                 failed.append(e.code)
                 results.append(encode_text({"agent_id": ref, "success": False, "status": None, "error": str(e),
                                             "error_code": e.code, "data": None}))
-        head = {"type": request.reply, "request_id": obj["request_id"], "success": not failed,
+        head = {"type": request.reply, "request_id": ask.request_id, "success": not failed,
                 "successful": len(results) - len(failed), "failed": len(failed)}
         if failed:
             head.update(error=f"{len(failed)} of {len(results)} failed; see results", error_code=failed[0])
@@ -204,16 +208,16 @@ class Control:
         return [agent.id for agent in self._supervisor.agents.values()
                 if labels <= agent.labels.items() and agent.terminal == ended]
 
-    def _events(self, request: m.EventsRequest, obj: Json, peer: Peer) -> Done:
+    def _events(self, request: m.EventsRequest, ask: Ask, peer: Peer) -> Done:
         agent_id = self._supervisor.find(request.agent_id).id if request.agent_id else None
         found = self._registry.events(request.since, request.limit + 1, agent_id)
         more, found = len(found) > request.limit, found[:request.limit]
         last = decode(found[-1].encode())["sequence"] if found else min(request.since, self._registry.sequence)
-        head = {"type": request.reply, "request_id": obj["request_id"], "success": True, "next": last,
+        head = {"type": request.reply, "request_id": ask.request_id, "success": True, "next": last,
                 "first_kept": self._registry.first_kept, "more": more}
         return Done(_with_list(head, "events", found))
 
-    def _subscribe(self, request: m.SubscribeRequest, obj: Json, peer: Peer) -> Json:
+    def _subscribe(self, request: m.SubscribeRequest, ask: Ask, peer: Peer) -> Json:
         if peer.subscriber is None:
             raise RequestError("subscribe_request is for the Unix socket; over ZeroMQ subscribe to the topic on the "
                                "publishing endpoint that health_check_request tells")
@@ -226,12 +230,11 @@ class Control:
             self._commands.announce(topic, peer.subscriber)
         return {"topics": list(peer.subscriber.topics), "sequence": self._registry.sequence}
 
-    def _shutdown(self, request: m.ShutdownRequest, obj: Json, peer: Peer) -> Json:
-        self._on_shutdown(request, peer)
+    def _shutdown(self, request: m.ShutdownRequest, ask: Ask, peer: Peer) -> Json:
+        self._on_shutdown(request, ask)
         return {"mode": request.mode, "active_agents": self._supervisor.active, "state": self._supervisor.state}
 
-
-    def _reload(self, request: m.ReloadRequest, obj: Json, peer: Peer) -> Json:
+    def _reload(self, request: m.ReloadRequest, ask: Ask, peer: Peer) -> Json:
         self._on_reload()
         return {"generation": self._facts.generation}
 

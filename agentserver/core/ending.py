@@ -42,10 +42,17 @@ class Ending:
 
     # ------------------------------------------------------------ the ladder
 
-    def begin(self, agent: Agent, reason: str, by: str | None, grace_secs: float) -> None:
-        """Start the ladder. The first cause stays the cause; a later, shorter grace still counts."""
-        first = agent.ending is None
-        agent.ending = {**(agent.ending or {"reason": reason, "by": by}), "grace_secs": grace_secs}
+    def decide(self, agent: Agent, reason: str, by: str, grace_secs: float, rung: str = "begin") -> bool:
+        """Enter into the record that an attempt is to end, and where on the ladder; return whether that is new.
+        The first cause stays the cause; a later, shorter grace still counts. Nothing is sent yet."""
+        before = agent.ending
+        agent.ending = {**(before or {"reason": reason, "by": by}), "grace_secs": grace_secs}
+        if before is None or rung == "kill":
+            agent.ending.update(rung=rung, at=self._reactor.clock())
+        return before is None
+
+    def begin(self, agent: Agent, first: bool = True) -> None:
+        """Start the ladder that was decided: the backend's own way if it has one, else SIGTERM."""
         run = agent.run
         assert run is not None
         if first and agent.finish == "close_stdin" and run.stdin.open:
@@ -71,7 +78,7 @@ class Ending:
         assert run is not None and ending is not None
         if run.ladder is not None:
             run.ladder.cancel()
-        rung = self.terminate if ending["rung"] == "terminate" else self.kill
+        rung = {"begin": self.begin, "terminate": self.terminate}.get(ending["rung"], self.kill)
         run.ladder = self._reactor.at(ending["at"], lambda: rung(agent))
 
     def terminate(self, agent: Agent) -> None:
@@ -85,11 +92,10 @@ class Ending:
         agent.ending = {**agent.ending, "kill_at": kill_at}  # a later stop cannot put the SIGKILL off
         self._next(agent, "kill", kill_at - now)
 
-    def kill(self, agent: Agent, reason: str = "kill", by: str | None = None) -> None:
+    def kill(self, agent: Agent) -> None:
         """SIGKILL the whole tree, and again while something of it is left."""
         if agent.run is None or agent.run.ended is not None:
             return
-        agent.ending = agent.ending or {"reason": reason, "by": by, "grace_secs": 0.0}
         self.name(agent)
         self._family.signal(agent, SIGKILL)
         self._next(agent, "kill", AGAIN_SECS)

@@ -24,14 +24,14 @@ from ..wire import decode as decode_json
 SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta     (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS agents   (id TEXT PRIMARY KEY, created REAL, finished REAL, request_id TEXT,
-                                     spec TEXT, record TEXT);
-CREATE INDEX IF NOT EXISTS agents_by_request ON agents (request_id);
+CREATE TABLE IF NOT EXISTS agents   (id TEXT PRIMARY KEY, created REAL, finished REAL, spec TEXT, record TEXT);
 CREATE TABLE IF NOT EXISTS attempts (agent_id TEXT, attempt INTEGER, record TEXT,
                                      PRIMARY KEY (agent_id, attempt));
 CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, at REAL, digest BLOB, agent_id TEXT, reply BLOB);
 CREATE INDEX IF NOT EXISTS requests_by_time  ON requests (at);
 CREATE INDEX IF NOT EXISTS requests_by_agent ON requests (agent_id);
+CREATE TABLE IF NOT EXISTS begun    (request_id TEXT, agent_id TEXT, at REAL, digest BLOB,
+                                     PRIMARY KEY (request_id, agent_id));
 CREATE TABLE IF NOT EXISTS events   (sequence INTEGER PRIMARY KEY, at REAL, agent_id TEXT, message TEXT);
 CREATE INDEX IF NOT EXISTS events_by_agent ON events (agent_id, sequence);
 CREATE TABLE IF NOT EXISTS quarantine (at REAL, source TEXT, why TEXT, content TEXT);
@@ -41,11 +41,22 @@ EVENT_SECS = 7 * 86400.0
 QUEUE_MOST = 100_000  # statements that wait while the disk refuses
 
 
+class Ask(NamedTuple):
+    """Who asks for a deed, and under which request id it is done once. `begun` names the agents on which a core
+    before us, which died before it could reply, had begun it."""
+
+    by: str
+    request_id: str = ""
+    digest: bytes = b""
+    begun: frozenset[str] = frozenset()
+
+
 class Remembered(NamedTuple):
-    """A request that was done: the digest of its content, and the reply it got."""
+    """A request that was seen before: the digest of its content, the reply if it got one, else where it was begun."""
 
     digest: bytes
-    reply: bytes
+    reply: bytes | None
+    begun: frozenset[str]
 
 
 class Registry:
@@ -55,6 +66,7 @@ class Registry:
         self._say, self._now = say, now
         self._queue: list[tuple[str, tuple[Any, ...]]] = []
         self._written = False   # since the last checkpoint
+        self._unsettled: set[str] = set()  # request ids of which something was begun, until they are settled
         #: why the last commit failed, or ""
         self.trouble = ""
         self._db = self._open(path)
@@ -149,10 +161,10 @@ class Registry:
 
     # ------------------------------------------------------------ agents
 
-    def add_agent(self, agent_id: str, created: float, request_id: str, spec: Json, record: Json) -> None:
+    def add_agent(self, agent_id: str, created: float, spec: Json, record: Json) -> None:
         """Remember a new agent."""
-        self._write("INSERT INTO agents VALUES (?, ?, NULL, ?, ?, ?)", agent_id, created, _key(request_id),
-                    encode_text(spec), encode_text(record))
+        self._write("INSERT INTO agents VALUES (?, ?, NULL, ?, ?)", agent_id, created, encode_text(spec),
+                    encode_text(record))
 
     def save_agent(self, agent_id: str, finished: float | None, record: Json) -> None:
         """Remember how an agent is now."""
@@ -177,15 +189,12 @@ class Registry:
         found = self._one("SELECT CAST(spec AS BLOB) FROM agents WHERE id = ?", agent_id)
         return _decoded(found) if found else {}
 
-    def spawned_by(self, request_id: str) -> str:
-        """Return the id of the agent that a spawn request made, or ""."""
-        return str(self._one("SELECT id FROM agents WHERE request_id = ?", _key(request_id)) or "")
-
     def remove_agent(self, agent_id: str) -> None:
         """Forget an agent with its attempts and request ids; its events stay until their own time."""
         self._write("DELETE FROM agents WHERE id = ?", agent_id)
         self._write("DELETE FROM attempts WHERE agent_id = ?", agent_id)
         self._write("DELETE FROM requests WHERE agent_id = ?", agent_id)
+        self._write("DELETE FROM begun WHERE agent_id = ?", agent_id)
 
     def save_attempt(self, agent_id: str, attempt: int, record: Json) -> None:
         """Remember one attempt with its exit record."""
@@ -198,15 +207,37 @@ class Registry:
 
     # ------------------------------------------------------------ requests that were done
 
-    def remember(self, request_id: str, digest: bytes, reply: bytes, agent_id: str | None = None) -> None:
+    def begin(self, ask: Ask, agent_id: str) -> bool:
+        """Put on disk that a deed is about to be done to an agent, with all that was written before; as `commit`.
+
+        What cannot be done and remembered at once (starting a process, a signal) is thus never done twice."""
+        if ask.request_id:
+            self._unsettled.add(ask.request_id)
+            self._write("INSERT OR REPLACE INTO begun VALUES (?, ?, ?, ?)", _key(ask.request_id), agent_id, self._now(),
+                        ask.digest)
+        return self.commit()
+
+    def settle(self, request_id: str) -> None:
+        """Forget what was begun for a request: it is remembered with its reply, or it was refused."""
+        if request_id in self._unsettled:
+            self._unsettled.discard(request_id)
+            self._write("DELETE FROM begun WHERE request_id = ?", _key(request_id))
+
+    def remember(self, ask: Ask, reply: bytes, agent_id: str | None = None) -> None:
         """Remember the reply to a request that did something. `agent_id`: keep it as long as that agent."""
-        self._write("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", _key(request_id), self._now(), digest,
-                    agent_id, reply)
+        self._write("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", _key(ask.request_id), self._now(),
+                    ask.digest, agent_id, reply)
+        self.settle(ask.request_id)
 
     def recall(self, request_id: str) -> Remembered | None:
-        """Return what was remembered of a request."""
-        rows = self._rows("SELECT digest, reply FROM requests WHERE request_id = ?", _key(request_id))
-        return Remembered(*rows[0]) if rows else None
+        """Return what was remembered of a request, or of its beginning."""
+        rows = self._rows("SELECT digest, reply, NULL FROM requests WHERE request_id = ?1 UNION ALL "
+                          "SELECT digest, NULL, agent_id FROM begun WHERE request_id = ?1", _key(request_id))
+        if not rows:
+            return None
+        if rows[0][1] is None:
+            self._unsettled.add(request_id)
+        return Remembered(rows[0][0], rows[0][1], frozenset(row[2] for row in rows if row[2]))
 
     # ------------------------------------------------------------ events
 
@@ -237,6 +268,7 @@ class Registry:
         self._write("DELETE FROM events WHERE sequence <= ? OR at < ?", self.sequence - events_kept, now - EVENT_SECS)
         self._write("DELETE FROM requests WHERE agent_id IS NULL AND (at < ? OR at <= (SELECT at FROM requests "
                     "WHERE agent_id IS NULL ORDER BY at DESC LIMIT 1 OFFSET ?))", now - REQUEST_SECS, requests_kept)
+        self._write("DELETE FROM begun WHERE at < ?", now - REQUEST_SECS)
         self.commit()
 
     def checkpoint(self) -> None:

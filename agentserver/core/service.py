@@ -20,9 +20,10 @@ from ..errors import AgentServerError, RequestError
 from ..messages import ShutdownRequest
 from ..wire import Json, rfc3339
 from . import process, tree
+from .adoption import Adoption
 from .channel import Channel
 from .connection import Connection
-from .control import Control, Peer
+from .control import Control
 from .counters import NAMES, Counters
 from .facts import Facts
 from .family import Family
@@ -31,8 +32,8 @@ from .lastwords import LastWords
 from .lock import held
 from .log import Log
 from .reactor import READ, WRITE, Reactor
-from .registry import Registry, check_registry
-from .supervisor import Supervisor
+from .registry import Ask, Registry, check_registry
+from .supervisor import SERVER, Supervisor
 from .takeover import End, Inheritance, Keeper, inherit
 from .witness import Witness
 
@@ -64,6 +65,7 @@ class Service:
         self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
                                      started["nofile"], family, self._last_words,
                                      self._witness, self._keeper, say)
+        self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper)
         self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, self._on_reload,
                                config.message_bytes, say)
         self.handle = self.control.handle
@@ -93,7 +95,7 @@ class Service:
         """Take over what the registry knows and the keeper held, then listen, then say that we are ready."""
         left.ends.update({pid: End(0, False, ended) for pid, ended in self._last_words.before.items()})
         self._known += left.ends
-        self.supervisor.load(left)
+        self._adoption.load(left, self._witness.before)
         self.registry.trim(self.config.events_kept, self.config.requests_kept)
         self.supervisor.announce("up")
         self.registry.commit()
@@ -157,7 +159,7 @@ class Service:
             if word is None:  # the keeper died; agents and clients need not notice
                 self.reactor.unwatch(self._channel_watch)
                 self._say("the keeper is gone; going on without")
-                self.supervisor.keeper_lost()
+                self._adoption.keeper_lost()
             elif "ended" in word:
                 pid, start, _leader, *rest = word["ended"]
                 self.supervisor.ending.departed(pid, start, process.Ended(*rest))
@@ -194,10 +196,10 @@ class Service:
         if self.supervisor.ending_all:
             self.supervisor.hurry()
         else:
-            self.supervisor.shutdown("graceful", None, "server", self._down)
+            self.supervisor.shutdown("graceful", None, SERVER, self._down)
 
-    def _on_shutdown(self, request: ShutdownRequest, peer: Peer) -> None:
-        self.supervisor.shutdown(request.mode, request.grace_secs, peer.name, self._down)
+    def _on_shutdown(self, request: ShutdownRequest, ask: Ask) -> None:
+        self.supervisor.shutdown(request.mode, request.grace_secs, ask, self._down)
 
     def _down(self) -> None:
         """All agents have ended. Clients that listen get a moment to ask what became of theirs."""

@@ -10,13 +10,13 @@ import os
 import shutil
 import time
 from signal import SIGCONT, SIGKILL, SIGSTOP
-from typing import Callable, Iterator, Mapping
+from typing import Callable, Iterable, Iterator, Mapping
 
 from ..config import ServerConfig
 from ..errors import RequestError
 from ..messages import AgentConfig
 from ..wire import Json, new_id, read, rfc3339, to_wire
-from . import backends, lifecycle, pidfd, process, tree
+from . import backends, lifecycle, process, tree
 from .agent import Agent, new_record
 from .counters import Counters
 from .ending import Ending, exit_record
@@ -24,15 +24,14 @@ from .family import Family
 from .feed import Feed
 from .lastwords import LastWords
 from .output import OutputLog
-from .reactor import READ, Reactor
-from .registry import Registry
+from .reactor import Reactor
+from .registry import Ask, Registry
 from .run import Run
 from .stdin import Stdin
-from .takeover import NAMES, Inheritance, Keeper, TakeOver
+from .takeover import NAMES, Keeper
 from .witness import Witness
 
-STRANGER_TRIES = 50
-UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
+SERVER = Ask("server")
 KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
 
 
@@ -49,9 +48,9 @@ class Supervisor:
         self._environ = backends.base_environment(environ, config.pass_environment)  # walking it for each spawn is dear
         self._nofile, self._say = nofile, say
         self._backends = backends.all_backends(config.backends)
-        self._boot = tree.boot_id()
+        self.boot = tree.boot_id()
         self.family, self._keeper, self._witness = family, keeper, witness
-        self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self._on_end,
+        self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self.on_end,
                              self.save, say)
         self._after_commit: list[Callable[[], None]] = []
         self.state = "up"  # up, draining, down
@@ -104,7 +103,7 @@ class Supervisor:
             raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); free some disk space",
                                "unavailable")
 
-    def spawn(self, config: AgentConfig, metadata: Json, request_id: str) -> Agent:
+    def spawn(self, config: AgentConfig, metadata: Json, ask: Ask) -> Agent:
         """Start an agent; raise `RequestError`, leaving no trace, when it cannot be started."""
         self.check_room()
         launch = self._plan(config)
@@ -115,21 +114,27 @@ class Supervisor:
             cwd=os.path.abspath(os.path.join(self.config.agent_dir, config.cwd or "")), stdin=launch.stdin,
             grace_secs=self.config.grace_secs if config.grace_secs is None else config.grace_secs,
             runtime_secs=limits or self.config.runtime_secs, labels=config.labels, metadata=metadata,
-            created_at=time.time(), boot=self._boot)
-        agent = Agent(agent_id, self._output(agent_id), {**record, "finish": launch.finish})
+            created_at=time.time(), boot=self.boot)
+        agent = Agent(agent_id, self.output(agent_id), {**record, "finish": launch.finish})
         agent.step(lifecycle.START)
         if len(agent.info_json()) > self.config.message_bytes * 9 // 10:
             raise RequestError("what is to be known of this agent would not fit into a reply; give it less metadata",
                                "message_too_large")
-        self.registry.add_agent(agent_id, agent.created_at, request_id, to_wire(config), agent.record())
+        self.registry.add_agent(agent_id, agent.created_at, to_wire(config), agent.record())
         try:
-            self._start(agent, launch)
+            self._start(agent, launch, ask)
         except BaseException:
             self._erase(agent)
             raise
         self.agents[agent_id] = agent
-        self._started(agent)
+        self.started(agent)
         return agent
+
+    def enter(self, agents: Iterable[Agent]) -> None:
+        """Take in the agents that the registry knows."""
+        self.agents = {agent.id: agent for agent in agents}
+        ended = [agent for agent in self.agents.values() if agent.terminal]
+        self._finished = {agent.id: None for agent in sorted(ended, key=lambda agent: agent.finished_at or 0)}
 
     def _plan(self, config: AgentConfig) -> backends.Launch:
         return backends.plan(config, self._backends, self._environ, self.config.pass_environment)
@@ -139,16 +144,17 @@ class Supervisor:
         launch = self._plan(config)
         return sorted({*launch.environment, *launch.files, tree.MARK})
 
-    def _output(self, agent_id: str) -> OutputLog:
+    def output(self, agent_id: str) -> OutputLog:
+        """Return what is kept of an agent's output."""
         return OutputLog(self.directory(agent_id), self.config.output_cap_bytes)
 
     def directory(self, agent_id: str) -> str:
         """Return where the files of an agent are."""
         return os.path.join(self.config.state_dir, "agents", agent_id)
 
-    def _start(self, agent: Agent, launch: backends.Launch) -> None:
+    def _start(self, agent: Agent, launch: backends.Launch, ask: Ask) -> None:
         self._witness.expect(agent.id)  # before the commit: an agent that is on disk is the one that has not begun
-        if not self.registry.commit():  # known before it exists: a death of ours after this leaves no ghost
+        if not self.registry.begin(ask, agent.id):  # known before it exists: our death leaves no ghost and no double
             raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); make room on its disk",
                                "unavailable")
         directory = self.directory(agent.id)
@@ -167,9 +173,9 @@ class Supervisor:
         agent.pid, agent.start, agent.adopted = child.pid, seen.start if seen else None, False
         agent.started_at, agent.began = time.time(), self.reactor.clock()
         agent.ending, agent.signalled, agent.stdin_closing = None, {}, False
-        self._attend(agent, child)
+        self.attend(agent, child)
 
-    def _attend(self, agent: Agent, child: process.Child, stdin_file: int = -1) -> None:
+    def attend(self, agent: Agent, child: process.Child, stdin_file: int = -1) -> None:
         """Watch over a leader that runs, from its start or from where a core before us had to leave it."""
         agent.run = Run(agent.id, child, agent.output, Stdin(agent, child.stdin, self, stdin_file), self)
         self.family.add(agent)
@@ -177,7 +183,8 @@ class Supervisor:
             agent.run.limit = self.reactor.at(agent.began + agent.runtime_secs,
                                               lambda: self._limit(agent, "runtime_secs"))
 
-    def _started(self, agent: Agent) -> None:
+    def started(self, agent: Agent) -> None:
+        """Enter and tell that an attempt runs."""
         assert agent.run is not None
         agent.step(lifecycle.STARTED)
         self.save(agent)
@@ -192,55 +199,61 @@ class Supervisor:
             raise RequestError(f"{agent.label()} is {agent.status} and cannot be {verb}", "invalid_state")
         return agent.run
 
-    def stop(self, agent: Agent, by: str, grace_secs: float | None, reason: str = "stop", want: str = "down") -> None:
+    def stop(self, agent: Agent, ask: Ask, grace_secs: float | None, reason: str = "stop", want: str = "down") -> None:
         """Begin the stop ladder. The intent is on disk before the first signal, so that nothing can undo it."""
         self.running(agent, "stopped")
-        self._want(agent, want)
-        self.ending.begin(agent, reason, by, agent.grace_secs if grace_secs is None else grace_secs)
+        first = self.ending.decide(agent, reason, ask.by, agent.grace_secs if grace_secs is None else grace_secs)
+        self._want(agent, want, ask)
+        self.ending.begin(agent, first)
 
-    def kill(self, agent: Agent, by: str, reason: str = "kill") -> None:
+    def kill(self, agent: Agent, ask: Ask, reason: str = "kill") -> None:
         """SIGKILL the whole tree."""
         self.running(agent, "killed")
-        self._want(agent, "down")
-        self.ending.kill(agent, reason, by)
+        self.ending.decide(agent, reason, ask.by, 0.0, "kill")
+        self._want(agent, "down", ask)
+        self.ending.kill(agent)
 
-    def _want(self, agent: Agent, want: str) -> None:
-        if agent.want != want:
-            agent.want = want
-            agent.changed()
-            self.save(agent)
-            self.registry.commit()
+    def _want(self, agent: Agent, want: str, ask: Ask) -> None:
+        agent.want = want
+        agent.changed()
+        self.save(agent)
+        self.registry.begin(ask, agent.id)
 
     def save(self, agent: Agent) -> None:
         """Put the agent's record on disk with this turn."""
         self.registry.save_agent(agent.id, agent.finished_at, agent.record())
 
-    def restart(self, agent: Agent, by: str, grace_secs: float | None) -> int:
+    def restart(self, agent: Agent, ask: Ask, grace_secs: float | None) -> int:
         """Start a new attempt, after ending the one that runs; return its number."""
         if self.state != "up":
             raise RequestError("the server is shutting down and restarts nothing", "shutting_down")
         if agent.alive:
-            self.stop(agent, by, grace_secs, reason="stop", want="restart")
+            self.stop(agent, ask, grace_secs, want="restart")
             return agent.attempt + 1
         self.check_room()
-        self._again(agent)
+        self._again(agent, ask)
         return agent.attempt
 
-    def _again(self, agent: Agent) -> None:
+    def _again(self, agent: Agent, ask: Ask) -> None:
         self.ending.close(agent)
         self._keeper.release(agent.id, [])
-        launch = self._plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
         agent.step(lifecycle.RESTART)
         self._finished.pop(agent.id, None)
         agent.attempt, agent.want, agent.exit, agent.finished_at = agent.attempt + 1, "up", None, None
-        agent.boot, agent.command, agent.started_at = self._boot, launch.argv, None
-        self.registry.save_agent(agent.id, None, agent.record())
+        agent.boot, agent.started_at, agent.pid = self.boot, None, None
+        self.start_again(agent, ask)
+
+    def start_again(self, agent: Agent, ask: Ask) -> None:
+        """Start an attempt of an agent that is known; if it cannot be, the record says so, and `RequestError`."""
         try:
-            self._start(agent, launch)
+            launch = self._plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
+            agent.command = launch.argv
+            self.save(agent)
+            self._start(agent, launch, ask)
         except RequestError as e:
-            self._on_end(agent, lifecycle.NOT_STARTED, exit_record("not_started", None, 0.0, None, []), str(e))
+            self.on_end(agent, lifecycle.NOT_STARTED, exit_record("not_started", None, 0.0, None, []), str(e))
             raise
-        self._started(agent)
+        self.started(agent)
 
     def pause(self, agent: Agent) -> str:
         """SIGSTOP the whole tree; return the mode."""
@@ -264,7 +277,7 @@ class Supervisor:
         agent.paused_at = agent.pause_mode = None
         self._changed(agent, "resumed: the whole tree got SIGCONT")
 
-    def signal(self, agent: Agent, number: int, by: str) -> None:
+    def signal(self, agent: Agent, number: int, ask: Ask) -> None:
         """Signal the whole tree. Stopping and continuing are pause and resume, so that the status stays true."""
         self.running(agent, "signalled")
         if number == SIGSTOP and agent.status != lifecycle.PAUSED and agent.ending is None:
@@ -272,8 +285,9 @@ class Supervisor:
         elif number == SIGCONT and agent.status == lifecycle.PAUSED:
             self.resume(agent)
         else:
-            agent.signalled = {**agent.signalled, str(number): by}
+            agent.signalled = {**agent.signalled, str(number): ask.by}
             self.save(agent)
+            self.registry.begin(ask, agent.id)
             if number == SIGKILL:
                 self.ending.name(agent)
             self.family.signal(agent, number)
@@ -322,8 +336,7 @@ class Supervisor:
 
     def _limit(self, agent: Agent, which: str) -> None:
         if agent.run is not None and agent.alive and agent.ending is None:
-            self._want(agent, "down")
-            self.ending.begin(agent, f"limit:{which}", "server", agent.grace_secs)
+            self.stop(agent, SERVER, None, f"limit:{which}")
 
     def stdin_ended(self, agent_id: str, why: str) -> None:
         """Tell that an agent's stdin was closed."""
@@ -337,7 +350,7 @@ class Supervisor:
         self.feed.agent_event(agent_id, "error", self.agents[agent_id].status,
                               f"output cannot be recorded: {why}; the gap shows in the offsets")
 
-    def _on_end(self, agent: Agent, given: str, record: Json, why: str = "") -> None:
+    def on_end(self, agent: Agent, given: str, record: Json, why: str = "") -> None:
         """An attempt is over and nothing of it runs: record it, tell it, and do what is wanted next."""
         again = agent.want == "restart" and self.state == "up"
         agent.step(given)
@@ -354,7 +367,7 @@ class Supervisor:
         self.feed.agent_event(agent.id, kind, agent.status, why or summary(record), {"exit": record})
         if again:
             try:
-                self._again(agent)
+                self._again(agent, SERVER)
             except RequestError as e:
                 self._say(f"{agent.label()} could not be restarted: {e}")
         self.after_commit(lambda: self._forget_held(agent))
@@ -368,89 +381,6 @@ class Supervisor:
 
     # ------------------------------------------------------------ over time
 
-    def load(self, left: Inheritance) -> None:
-        """Take over what the registry knows and the keeper held: the one path of start, crash and upgrade."""
-        taken = TakeOver(left, self._boot, self._witness.before)
-        for agent_id, record in self.registry.agents():
-            try:
-                agent = Agent(agent_id, self._output(agent_id), {**new_record(), **record})
-                agent.check()
-            except Exception as e:
-                self.registry.quarantine(agent_id, repr(e), str(record))
-                continue
-            self.agents[agent_id] = agent
-            if agent.terminal:
-                self._finished[agent_id] = None
-        self._finished = dict.fromkeys(sorted(self._finished, key=lambda i: self.agents[i].finished_at or 0))
-        live = [agent for agent in self.agents.values() if not agent.terminal]
-        for agent in sorted(live, key=lambda agent: agent.pid is None):  # whose pid is known takes its end first
-            self._take_over(agent, taken)
-        for agent_id in taken.unclaimed():
-            self._keeper.release(agent_id, [])
-        self.retain()
-
-    def _take_over(self, agent: Agent, taken: TakeOver) -> None:
-        """Go on with an agent where a core before us had to stop; what cannot be gone on with is ended and recorded."""
-        found = taken.claim(agent)
-        if found is None:
-            self._lost(agent, taken.survivors(agent))
-        elif found.pid == 0:  # asked for and durable, but never started
-            self._begin_again(agent)
-        elif found.pid < 0:  # it began and ended, and which of the ends was its own nobody can tell
-            self._take_output(agent, found.fds)
-            self._lost(agent, [])
-        else:
-            fresh = agent.status == lifecycle.INITIALIZING
-            agent.pid, agent.start, agent.adopted = found.pid, found.start, True
-            agent.started_at = agent.started_at or time.time()
-            agent.began = agent.began or self.reactor.clock()
-            self._attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
-            self._watch_stranger(agent)
-            if fresh:
-                self._started(agent)
-            if agent.ending is not None and "rung" in agent.ending:
-                self.ending.go_on(agent)
-            ended = found.ended
-            if ended is not None:
-                self.reactor.after(0, lambda: self.ending.departed(found.pid, 0, ended))
-            elif not found.seen:
-                self.reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
-
-    def _take_output(self, agent: Agent, fds: tuple[int, int, int]) -> None:
-        for name, fd in zip(("", "stdout", "stderr"), fds):
-            try:
-                while name and fd >= 0 and agent.output.capture(name, fd):
-                    pass
-            except BlockingIOError:
-                pass
-            if fd >= 0:
-                os.close(fd)
-        agent.output.close()
-
-    def _watch_stranger(self, agent: Agent) -> None:
-        """Watch a leader by pidfd when neither we nor the keeper are its parent, so that nobody tells us of its end."""
-        run, proc = agent.run, tree.look(agent.pid or 0)
-        if run is None or run.pidfd is not None or run.ended is not None or agent.pid is None:
-            return
-        if proc is None or proc.start != agent.start or proc.parent in (self._keeper.pid, os.getpid()):
-            return
-        self.family.foster(proc.parent)
-        fd = pidfd.open_pidfd(agent.pid)
-        if fd >= 0:
-            run.pidfd = self.reactor.watch(fd, READ, lambda _mask: self._stranger_ended(agent, run, fd, 0))
-
-    def _stranger_ended(self, agent: Agent, run: Run, fd: int, tries: int) -> None:
-        """It has ended; how, the kernel tells once its parent has reaped it, if it tells at all."""
-        if run.pidfd is None or agent.run is not run or agent.pid is None:
-            return
-        self.reactor.change(run.pidfd, 0)
-        ended = pidfd.how_it_ended(fd)
-        if ended is None and tries < STRANGER_TRIES:
-            self.reactor.after(UNSEEN_SECS / STRANGER_TRIES,
-                               lambda: self._stranger_ended(agent, run, fd, tries + 1))
-            return
-        self.ending.departed(agent.pid, agent.start or 0, ended or process.Ended(None, None, None, None))
-
     def let_go(self) -> None:
         """Close our ends of everything; a successor has copies of them."""
         for agent in self.agents.values():
@@ -459,46 +389,11 @@ class Supervisor:
                     if fd >= 0:
                         os.close(fd)
 
-    def keeper_lost(self) -> None:
-        """The keeper has died: of what it had adopted, init is the parent now."""
-        for agent in self.live:
-            if agent.adopted:
-                self._watch_stranger(agent)
-
     def hold_all(self) -> None:
         """Give a new keeper copies of everything."""
         for agent in self.agents.values():
             if agent.run is not None:
                 self._keeper.hold(agent.id, agent.run.descriptors())
-
-    def _begin_again(self, agent: Agent) -> None:
-        try:
-            self._start(agent, self._plan(read(AgentConfig, self.registry.spec(agent.id), "config")))
-        except RequestError as e:
-            self._on_end(agent, lifecycle.NOT_STARTED, exit_record("not_started", None, 0.0, None, []), str(e))
-        else:
-            self._started(agent)
-
-    def _never_seen(self, agent: Agent) -> None:
-        """Its process was gone before we came, and nobody tells how it ended: say so, rather than guess."""
-        if not self.family.sees and process.leads_session(agent.pid or 0):  # the keeper tells when it ends
-            return
-        if agent.run is not None and agent.run.ended is None and agent.pid is not None and tree.look(agent.pid) is None:
-            self.family.reaped(agent.pid)
-            self.family.remove(agent)
-            self.ending.close(agent)
-            self._lost(agent, tree.marked().get(agent.id, []))
-
-    def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
-        """End what is left of an agent that nothing was held of, and record it. Its output so far is kept."""
-        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left if proc.pid != agent.pid]
-        if self.config.orphans == "kill":
-            tree.end(left)
-        agent.want = "down"
-        duration = time.time() - (agent.started_at or agent.created_at)
-        self._on_end(agent, lifecycle.LOST, exit_record("lost", "server", duration, None, leaked),
-                     "the server died together with what it held of the agent; what was left of it was "
-                     + ("ended" if self.config.orphans == "kill" else "left alone"))
 
     def retain(self) -> None:
         """Forget the oldest finished agents past `history_agents` or `history_secs`."""
@@ -527,7 +422,7 @@ class Supervisor:
         self.state = state
         self.feed.server_event(self.config.server_id, state, self.active)
 
-    def shutdown(self, mode: str, grace_secs: float | None, by: str, done: Callable[[], None]) -> None:
+    def shutdown(self, mode: str, grace_secs: float | None, ask: Ask, done: Callable[[], None]) -> None:
         """Take no more work; end all agents in bounded time, or (drain) wait for them. Asked again, it hurries."""
         self._on_down = done
         if self.state == "up":
@@ -540,7 +435,7 @@ class Supervisor:
         for agent in self.live:
             if agent.run is not None and agent.run.ended is None:
                 grace = agent.grace_secs if grace_secs is None else grace_secs
-                self.stop(agent, by, min(grace, bound), reason="shutdown")
+                self.stop(agent, ask, min(grace, bound), reason="shutdown")
         self.reactor.after(bound, self.hurry)
         self.reactor.after(self.config.shutdown_timeout_secs, self._down)
         self._maybe_down()
@@ -549,7 +444,7 @@ class Supervisor:
         """SIGKILL whatever still runs."""
         for agent in self.live:
             if agent.run is not None and agent.run.ended is None:
-                self.kill(agent, "server", "shutdown")
+                self.kill(agent, SERVER, "shutdown")
 
     def _maybe_down(self) -> None:
         if self.state == "draining" and not self.active:

@@ -1,9 +1,9 @@
-"""Going on where a core before us stopped.
+"""What a core before us left of each agent, and what the keeper is to hold for the next one.
 
 Owns:    what the keeper handed over, and finding for each agent what of it is there: descriptors, a
          process, an end that was seen. And, for the next time, telling the keeper what to hold.
 Runs in: the core's thread; the finding at its start only.
-Unaware: of what is then done with an agent (supervisor.py).
+Unaware: of what is then done with an agent (adoption.py).
 
 What cannot be known is not guessed: a process is an agent's by pid and start time, or by the mark in
 its environment together with being a session's leader, never by its pid alone.

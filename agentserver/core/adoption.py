@@ -1,0 +1,179 @@
+"""Going on with the agents that a core before us left: adopt, start after all, or record as lost.
+
+Owns:    what becomes of each agent of the registry at a core's start, and watching over leaders of which
+         nobody of ours is the parent any more.
+Runs in: the core's thread.
+Unaware: of how it is found out what is left of an agent (takeover.py).
+
+First start, a crash of the core and its upgrade are this one path.
+"""
+from __future__ import annotations
+
+import os
+import time
+
+from ..errors import RequestError
+from . import lifecycle, pidfd, process, tree
+from .agent import Agent, new_record
+from .ending import exit_record
+from .family import Family
+from .reactor import READ, Reactor
+from .registry import Registry
+from .run import Run
+from .supervisor import SERVER, Supervisor
+from .takeover import Found, Inheritance, Keeper, TakeOver
+
+STRANGER_TRIES = 50
+UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
+LOOK_SECS = 1.0    # between two looks at a leader where the system has no pidfd
+UNKNOWN = process.Ended(None, None, None, None)
+
+
+class Adoption:
+    """See the module."""
+
+    def __init__(self, supervisor: Supervisor, registry: Registry, reactor: Reactor, family: Family,
+                 keeper: Keeper) -> None:
+        self._supervisor, self._registry, self._reactor = supervisor, registry, reactor
+        self._family, self._keeper = family, keeper
+
+    # ------------------------------------------------------------ at the start
+
+    def load(self, left: Inheritance, expected: str) -> None:
+        """Take over what the registry knows and the keeper held; `expected` is the witness's agent."""
+        supervisor = self._supervisor
+        supervisor.enter(self._known())
+        taken = TakeOver(left, supervisor.boot, expected)
+        live = [agent for agent in supervisor.agents.values() if not agent.terminal]
+        for agent in sorted(live, key=lambda agent: agent.pid is None):  # whose pid is known takes its end first
+            self._take_over(agent, taken)
+        for agent_id in taken.unclaimed():
+            self._keeper.release(agent_id, [])
+        supervisor.retain()
+
+    def _known(self) -> list[Agent]:
+        """Return the agents of the registry; what cannot be one is put aside."""
+        known = []
+        for agent_id, record in self._registry.agents():
+            try:
+                agent = Agent(agent_id, self._supervisor.output(agent_id), {**new_record(), **record})
+                agent.check()
+            except Exception as e:
+                self._registry.quarantine(agent_id, repr(e), str(record))
+            else:
+                known.append(agent)
+        return known
+
+    def _take_over(self, agent: Agent, taken: TakeOver) -> None:
+        """Go on with an agent where a core before us had to stop; what cannot be gone on with is ended and recorded."""
+        found = taken.claim(agent)
+        if found is None:
+            self._lost(agent, taken.survivors(agent))
+        elif found.pid == 0:  # asked for and durable, but never started
+            self._begin_again(agent)
+        elif found.pid < 0:  # it began and ended, and which of the ends was its own nobody can tell
+            self._take_output(agent, found.fds)
+            self._lost(agent, [])
+        else:
+            self._go_on(agent, found)
+
+    def _go_on(self, agent: Agent, found: Found) -> None:
+        fresh = agent.status == lifecycle.INITIALIZING
+        agent.pid, agent.start, agent.adopted = found.pid, found.start, True
+        agent.started_at = agent.started_at or time.time()
+        agent.began = agent.began or self._reactor.clock()
+        self._supervisor.attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
+        self._watch_stranger(agent)
+        if fresh:
+            self._supervisor.started(agent)
+        ending = self._supervisor.ending
+        if agent.ending is not None and "rung" in agent.ending:
+            ending.go_on(agent)
+        ended = found.ended
+        if ended is not None:
+            self._reactor.after(0, lambda: ending.departed(found.pid, 0, ended))
+        elif not found.seen:
+            self._reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
+
+    def _take_output(self, agent: Agent, fds: tuple[int, int, int]) -> None:
+        for name, fd in zip(("", "stdout", "stderr"), fds):
+            try:
+                while name and fd >= 0 and agent.output.capture(name, fd):
+                    pass
+            except BlockingIOError:
+                pass
+            if fd >= 0:
+                os.close(fd)
+        agent.output.close()
+
+    def _begin_again(self, agent: Agent) -> None:
+        try:
+            self._supervisor.start_again(agent, SERVER)
+        except RequestError:  # why is in its record
+            pass
+
+    def _never_seen(self, agent: Agent) -> None:
+        """Its process was gone before we came, and nobody tells how it ended: say so, rather than guess."""
+        if not self._family.sees and process.leads_session(agent.pid or 0):  # the keeper tells when it ends
+            return
+        if agent.run is not None and agent.run.ended is None and agent.pid is not None and tree.look(agent.pid) is None:
+            self._family.reaped(agent.pid)
+            self._family.remove(agent)
+            self._supervisor.ending.close(agent)
+            self._lost(agent, tree.marked().get(agent.id, []))
+
+    def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
+        """End what is left of an agent that nothing was held of, and record it. Its output so far is kept."""
+        kill = self._supervisor.config.orphans == "kill"
+        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left if proc.pid != agent.pid]
+        if kill:
+            tree.end(left)
+        agent.want = "down"
+        duration = time.time() - (agent.started_at or agent.created_at)
+        self._supervisor.on_end(agent, lifecycle.LOST, exit_record("lost", "server", duration, None, leaked),
+                                "the server died together with what it held of the agent; what was left of it was "
+                                + ("ended" if kill else "left alone"))
+
+    # ------------------------------------------------------------ leaders that are nobody's child of ours
+
+    def keeper_lost(self) -> None:
+        """The keeper has died: of what it had adopted, init is the parent now."""
+        for agent in self._supervisor.live:
+            if agent.adopted:
+                self._watch_stranger(agent)
+
+    def _watch_stranger(self, agent: Agent) -> None:
+        """Watch a leader by pidfd when neither we nor the keeper are its parent, so that nobody tells us of its end."""
+        run, proc = agent.run, tree.look(agent.pid or 0)
+        if run is None or run.pidfd is not None or run.ended is not None or agent.pid is None:
+            return
+        if proc is None or proc.start != agent.start or proc.parent in (self._keeper.pid, os.getpid()):
+            return
+        self._family.foster(proc.parent)
+        fd = pidfd.open_pidfd(agent.pid)
+        if fd >= 0:
+            run.pidfd = self._reactor.watch(fd, READ, lambda _mask: self._stranger_ended(agent, run, fd, 0))
+        else:
+            self._look_again(agent, run)
+
+    def _look_again(self, agent: Agent, run: Run) -> None:
+        """Without a pidfd (before Linux 5.3, Python 3.9) only looking tells, and nothing tells how it ended."""
+        if agent.run is not run or run.ended is not None or agent.pid is None:
+            return
+        proc = tree.look(agent.pid)
+        if proc is None or proc.start != agent.start or proc.state == "Z":
+            self._supervisor.ending.departed(agent.pid, agent.start or 0, UNKNOWN)
+        else:
+            self._reactor.after(LOOK_SECS, lambda: self._look_again(agent, run))
+
+    def _stranger_ended(self, agent: Agent, run: Run, fd: int, tries: int) -> None:
+        """It has ended; how, the kernel tells once its parent has reaped it, if it tells at all."""
+        if run.pidfd is None or agent.run is not run or agent.pid is None:
+            return
+        self._reactor.change(run.pidfd, 0)
+        ended = pidfd.how_it_ended(fd)
+        if ended is None and tries < STRANGER_TRIES:
+            self._reactor.after(UNSEEN_SECS / STRANGER_TRIES,
+                                lambda: self._stranger_ended(agent, run, fd, tries + 1))
+            return
+        self._supervisor.ending.departed(agent.pid, agent.start or 0, ended or UNKNOWN)
