@@ -43,7 +43,7 @@ class Adoption:
         """Take over what the registry knows and the keeper held; `expected` is the witness's agent."""
         supervisor = self._supervisor
         supervisor.enter(self._known())
-        taken = TakeOver(left, supervisor.boot, expected)
+        taken = TakeOver(left, supervisor.boot, expected, self._keeper)
         live = [agent for agent in supervisor.agents.values() if not agent.terminal]
         for agent in sorted(live, key=lambda agent: agent.pid is None):  # whose pid is known takes its end first
             self._take_over(agent, taken)

@@ -86,6 +86,7 @@ class Keeper:
                 code = self._reap()
                 if code is not None:
                     return code
+                self._reaped()
                 self._announce()
                 self._again()
                 self._reload()
@@ -317,6 +318,13 @@ class Keeper:
             if done is not None:
                 return done
         return None
+
+    def _reaped(self) -> None:
+        """A core asked for the ends up to now, and has them."""
+        for part in self._everyone:
+            if part.asks_ends and part.channel is not None:
+                part.asks_ends = False
+                part.channel.send({"reaped": True})
 
     def _serving(self) -> Channel | None:
         """Return the channel of the core that is to hear of ends."""

@@ -31,6 +31,7 @@ class Part:
         self.failed = ""        # the sentence with which it gave up
         self.done = False       # it said that it is through
         self.yielded = False    # it waits for its successor to serve, or to fail
+        self.asks_ends = False  # it waits to be told of all ends up to now
         self.ours = True        # our child; else adopted, and only its channel tells of its end
         self.began = 0.0        # monotonic
         self.again_at = 0.0     # when to start it (again)
@@ -76,6 +77,7 @@ class Part:
         self.endpoints = {k: v for k, v in self.ready.items() if k.endswith("endpoint")} or self.endpoints
         self.failed = word.get("failed", self.failed)
         self.done = word.get("done", self.done)
+        self.asks_ends = word.get("reap", self.asks_ends)
 
     def state(self) -> Json:
         """Return what a newer version of us needs to go on with it."""

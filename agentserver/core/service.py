@@ -109,7 +109,7 @@ class Service:
         self.reactor.after(TRIM_SECS, self._trim)
         self.supervisor.ending.reap()
         self._keeper.channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
-        self._hear(self._keeper.channel.pending())
+        self._hear([*self._keeper.words, *self._keeper.channel.pending()])
 
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Mapping, NamedTuple
+from typing import Any, Mapping, NamedTuple
 
 from . import tree
 from .agent import Agent
-from .channel import Channel
+from .channel import Channel, Json
 from .lifecycle import INITIALIZING
 from .process import Ended
 
@@ -38,6 +38,11 @@ class Inheritance(NamedTuple):
     fds: dict[str, dict[str, int]]
     ends: dict[int, End]
 
+    def note(self, told: list[Any]) -> None:
+        """Take one end as the keeper tells it."""
+        pid, start, leader, *rest = told
+        self.ends[pid] = End(start, leader, Ended(*rest))
+
 
 class Found(NamedTuple):
     """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `seen`: it runs; else its end is
@@ -57,6 +62,14 @@ class Keeper:
 
     def __init__(self, channel: Channel, pid: int) -> None:
         self.channel, self.pid = channel, pid
+        self.words: list[Json] = []  # said while we waited in `reap`, and not heard by the service yet
+
+    def reap(self) -> list[Json]:
+        """Let the keeper collect whoever has ended by now; return what it says of them. Only for a core's start."""
+        self.channel.send({"reap": True})
+        while "reaped" not in (word := self.channel.next()):
+            self.words.append(word)
+        return self.words
 
     def hold(self, agent_id: str, fds: Mapping[str, int]) -> None:
         """Give the keeper copies of an agent's descriptors (-1: none)."""
@@ -84,16 +97,15 @@ def inherit(channel: Channel) -> Inheritance:
         if "held" in word:
             left.fds[word["held"]] = dict(zip(word["names"], word.get("fds", ())))
         elif "ended" in word:
-            pid, start, leader, *rest = word["ended"]
-            left.ends[pid] = End(start, leader, Ended(*rest))
+            left.note(word["ended"])
     return left
 
 
 class TakeOver:
     """One start: what was left, claimed agent by agent. `expected` is the agent whose child had not begun."""
 
-    def __init__(self, left: Inheritance, boot: str, expected: str) -> None:
-        self._left, self._boot, self._expected = left, boot, expected
+    def __init__(self, left: Inheritance, boot: str, expected: str, keeper: Keeper) -> None:
+        self._left, self._boot, self._expected, self._keeper = left, boot, expected, keeper
         self._marked: dict[str, list[tree.Proc]] | None = None
 
     def claim(self, agent: Agent) -> Found | None:
@@ -102,6 +114,8 @@ class TakeOver:
         if held is None and agent.pid is None and agent.status == INITIALIZING and not self.survivors(agent):
             held = {}  # the core before us died before it had made anything of it
         if held is None or agent.boot != self._boot:
+            for fd in (held or {}).values():  # of another boot there is nothing but by a mistake of the store's
+                os.close(fd)
             return None
         fds = (held.get("stdin", -1), held.get("stdout", -1), held.get("stderr", -1))
         file = held.get(f"stdin.{agent.stdin_file}", -1)
@@ -130,6 +144,9 @@ class TakeOver:
         for proc in self.survivors(agent):
             if proc.session == proc.pid:
                 return proc.pid, proc.start
+        for word in self._keeper.reap():  # it may have ended just now
+            if "ended" in word:
+                self._left.note(word["ended"])
         since = tree.ticks_now() - (time.time() - agent.created_at + 1.0) * tree.TICKS
         ended = [(pid, end.start) for pid, end in self._left.ends.items() if end.leader and end.start >= since]
         return ended[0] if len(ended) == 1 else None
