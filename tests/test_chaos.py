@@ -17,7 +17,7 @@ import pytest
 from support import TESTS
 
 SECS = "12"
-CHAOS = [sys.executable, str(TESTS / "chaos" / "run.py"), "--quiet", "--without", "fill disk"]
+CHAOS = [sys.executable, str(TESTS / "chaos" / "run.py"), "--quiet"]
 
 
 @pytest.mark.skipif(not hasattr(os, "pidfd_open") or not Path("/proc/self/environ").exists(),

@@ -22,9 +22,11 @@ from .registry import Registry
 from .run import Run
 from .supervisor import SERVER, Supervisor
 from .takeover import Found, Inheritance, Keeper, TakeOver
+from .witness import Witness
 
 STRANGER_TRIES = 50
 UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
+AGAIN_SECS = 0.5   # between two tries to begin what was asked for, while the registry cannot be written
 LOOK_SECS = 1.0    # between two looks at a leader where the system has no pidfd
 UNKNOWN = process.Ended(None, None, None, None)
 
@@ -39,11 +41,11 @@ class Adoption:
 
     # ------------------------------------------------------------ at the start
 
-    def load(self, left: Inheritance, expected: str) -> None:
-        """Take over what the registry knows and the keeper held; `expected` is the witness's agent."""
+    def load(self, left: Inheritance, witness: Witness) -> None:
+        """Take over what the registry knows and the keeper held."""
         supervisor = self._supervisor
         supervisor.enter(self._known())
-        taken = TakeOver(left, supervisor.boot, expected, self._keeper)
+        taken = TakeOver(left, supervisor.boot, witness, self._keeper)
         live = [agent for agent in supervisor.agents.values() if not agent.terminal]
         for agent in sorted(live, key=lambda agent: agent.pid is None):  # whose pid is known takes its end first
             self._take_over(agent, taken)
@@ -72,6 +74,7 @@ class Adoption:
         elif found.pid == 0:  # asked for and durable, but never started
             self._begin_again(agent)
         elif found.pid < 0:  # it began and ended, and which of the ends was its own nobody can tell
+            self._supervisor.started(agent)
             self._take_output(agent, found.fds)
             self._lost(agent, [])
         else:
@@ -107,6 +110,9 @@ class Adoption:
         agent.output.close()
 
     def _begin_again(self, agent: Agent) -> None:
+        if not self._registry.commit():  # a full disk: nobody was told that it would run, so that it can wait
+            self._reactor.after(AGAIN_SECS, lambda: self._begin_again(agent))
+            return
         try:
             self._supervisor.start_again(agent, SERVER)
         except RequestError:  # why is in its record

@@ -95,7 +95,7 @@ class Service:
         """Take over what the registry knows and the keeper held, then listen, then say that we are ready."""
         left.ends.update({pid: End(0, False, ended) for pid, ended in self._last_words.before.items()})
         self._known += left.ends
-        self._adoption.load(left, self._witness.before)
+        self._adoption.load(left, self._witness)
         self.registry.trim(self.config.events_kept, self.config.requests_kept)
         self.supervisor.announce("up")
         self.registry.commit()

@@ -184,11 +184,11 @@ class Supervisor:
                                               lambda: self._limit(agent, "runtime_secs"))
 
     def started(self, agent: Agent) -> None:
-        """Enter and tell that an attempt runs."""
-        assert agent.run is not None
+        """Enter and tell that an attempt has begun; without a pid that is all that is known of it."""
         agent.step(lifecycle.STARTED)
         self.save(agent)
-        self.feed.agent_event(agent.id, "status_changed", agent.status, f"started as process {agent.pid}",
+        self.feed.agent_event(agent.id, "status_changed", agent.status,
+                              f"started as process {agent.pid}" if agent.pid else "started",
                               {"attempt": agent.attempt, "pid": agent.pid})
 
     # ------------------------------------------------------------ what may be asked of one agent

@@ -19,8 +19,10 @@ from .agent import Agent
 from .channel import Channel, Json
 from .lifecycle import INITIALIZING
 from .process import Ended
+from .witness import Witness
 
 NAMES = ("stdin", "stdout", "stderr")
+BEGIN_SECS = 1.0  # at most, between the fork of a child and its first deed
 
 
 class End(NamedTuple):
@@ -102,10 +104,10 @@ def inherit(channel: Channel) -> Inheritance:
 
 
 class TakeOver:
-    """One start: what was left, claimed agent by agent. `expected` is the agent whose child had not begun."""
+    """One start: what was left, claimed agent by agent."""
 
-    def __init__(self, left: Inheritance, boot: str, expected: str, keeper: Keeper) -> None:
-        self._left, self._boot, self._expected, self._keeper = left, boot, expected, keeper
+    def __init__(self, left: Inheritance, boot: str, witness: Witness, keeper: Keeper) -> None:
+        self._left, self._boot, self._witness, self._keeper = left, boot, witness, keeper
         self._marked: dict[str, list[tree.Proc]] | None = None
 
     def claim(self, agent: Agent) -> Found | None:
@@ -123,7 +125,7 @@ class TakeOver:
             os.close(held.pop(name))  # of a file that the registry never heard of, or that is written out
         pid, start = agent.pid, agent.start
         if pid is None:
-            if self._expected == agent.id:
+            if self._witness.before == agent.id:
                 for fd in held.values():
                     os.close(fd)
                 return Found(0, None, (-1, -1, -1), -1, None, False)
@@ -140,16 +142,19 @@ class TakeOver:
 
     def _leader(self, agent: Agent) -> tuple[int, int] | None:
         """Find the leader of an agent that was being started: its pid was not on disk yet. It runs with the agent's
-        mark; or it has ended, as the only session's leader that did and was started after the agent was asked for."""
+        mark; or it has ended, as the session's leader that was started last before the witness saw it begin."""
         for proc in self.survivors(agent):
             if proc.session == proc.pid:
                 return proc.pid, proc.start
         for word in self._keeper.reap():  # it may have ended just now
             if "ended" in word:
                 self._left.note(word["ended"])
-        since = tree.ticks_now() - (time.time() - agent.created_at + 1.0) * tree.TICKS
-        ended = [(pid, end.start) for pid, end in self._left.ends.items() if end.leader and end.start >= since]
-        return ended[0] if len(ended) == 1 else None
+        began = tree.ticks_now() - (time.time() - self._witness.began) * tree.TICKS
+        ended = sorted((end.start, pid) for pid, end in self._left.ends.items()
+                       if end.leader and began - BEGIN_SECS * tree.TICKS <= end.start <= began + 1)
+        if not ended or (len(ended) > 1 and ended[-2][0] == ended[-1][0]):
+            return None
+        return ended[-1][1], ended[-1][0]
 
     def survivors(self, agent: Agent) -> list[tree.Proc]:
         """Return what runs with an agent's mark or identity, whoever is its parent now."""

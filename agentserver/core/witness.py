@@ -19,7 +19,10 @@ class Witness:
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        #: whose child had not begun when the core before us died, "" if it had
         self.before = os.pread(self._fd, 64, 0).decode("ascii", "replace")
+        #: when the last child began, since the epoch: it changed the file then
+        self.began = os.fstat(self._fd).st_mtime
         #: for posix_spawn, before the action that gives the child its real descriptor 0
         self.action: tuple[Any, ...] = (os.POSIX_SPAWN_OPEN, 0, path, os.O_WRONLY | os.O_TRUNC, 0o600)
 
