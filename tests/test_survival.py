@@ -19,6 +19,8 @@ from support import DEADLINE_SECS, MAIN, Server, agent, wait_until
 from test_faults import back, zmq_answers
 from wire import LineWire, alive, new_id, states
 
+from agentserver.core.pidfd import tells_exit_codes
+
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")
 
 
@@ -164,6 +166,29 @@ def test_a_keeper_dies_and_another_comes(start_server: Callable[..., Server]) ->
         assert wire.output(ids[0]) == b"ready\nstill\n"
         record = wire.exit(ids[0])
         assert (record["code"], record["reason"]) in ((0, "exited"), (None, "lost")), "the kernel tells, or nobody does"
+    server.process.stdout.close()  # type: ignore[union-attr]
+
+
+def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Callable[..., Server]) -> None:
+    """Their parent is init now, which tells nobody; but the new keeper holds what does, of agents old and new."""
+    if not tells_exit_codes():
+        pytest.skip("this kernel does not tell exit codes by pidfd (Linux 6.15)")
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        old = wire.spawn("print_when")
+    heir = successor(start_server, server)
+    with LineWire(heir.socket_path) as wire:
+        new = wire.spawn("catcher", 1, 5)
+        pids = [wire.info(each)["pid"] for each in (old, new)]
+    core = heir.pids()["core"]
+    os.kill(core, signal.SIGSTOP)
+    os.kill(pids[0], signal.SIGKILL)
+    os.kill(pids[1], signal.SIGUSR1)
+    wait_until(lambda: states(pids) == {"Z"}, what="the agents to be zombies of the stopped core")
+    os.kill(core, signal.SIGKILL)
+    back(heir, "core", core)
+    with LineWire(heir.socket_path) as wire:
+        assert wire.exit(old)["signal"] == "SIGKILL" and wire.exit(new)["code"] == 5
     server.process.stdout.close()  # type: ignore[union-attr]
 
 

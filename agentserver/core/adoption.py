@@ -86,7 +86,10 @@ class Adoption:
         agent.started_at = agent.started_at or time.time()
         agent.began = agent.began or self._reactor.clock()
         self._supervisor.attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
-        self._watch_stranger(agent)
+        if found.pidfd >= 0:
+            self._watch_pidfd(agent, found.pidfd)
+        else:
+            self._watch_stranger(agent)
         if fresh:
             self._supervisor.started(agent)
         ending = self._supervisor.ending
@@ -95,7 +98,7 @@ class Adoption:
         ended = found.ended
         if ended is not None:
             self._reactor.after(0, lambda: ending.departed(found.pid, 0, ended))
-        elif not found.seen:
+        elif not found.seen and found.pidfd < 0:
             self._reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
 
     def _take_output(self, agent: Agent, fds: tuple[int, int, int]) -> None:
@@ -158,9 +161,14 @@ class Adoption:
         self._family.foster(proc.parent)
         fd = pidfd.open_pidfd(agent.pid)
         if fd >= 0:
-            run.pidfd = self._reactor.watch(fd, READ, lambda _mask: self._stranger_ended(agent, run, fd, 0))
+            self._watch_pidfd(agent, fd)
         else:
             self._look_again(agent, run)
+
+    def _watch_pidfd(self, agent: Agent, fd: int) -> None:
+        run = agent.run
+        assert run is not None
+        run.pidfd = self._reactor.watch(fd, READ, lambda _mask: self._stranger_ended(agent, run, fd, 0))
 
     def _look_again(self, agent: Agent, run: Run) -> None:
         """Without a pidfd (before Linux 5.3, Python 3.9) only looking tells, and nothing tells how it ended."""

@@ -10,6 +10,7 @@ descriptors, until `flush`. Descriptors that are in the socket outlive their sen
 """
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -57,8 +58,10 @@ class Channel:
                 sent = self._sock.sendmsg([data], rights(fds), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            except OSError:  # nobody is there; `receive` tells
-                sent = len(data)
+            except OSError as e:
+                if e.errno == errno.ETOOMANYREFS:  # of all our user's descriptors too many are under way (unix(7))
+                    return
+                sent = len(data)  # nobody is there; `receive` tells
             for fd in fds:
                 os.close(fd)
             if sent < len(data):

@@ -171,6 +171,7 @@ class Supervisor:
         tree.unshield(child.pid)
         seen = tree.look(child.pid)
         agent.pid, agent.start, agent.adopted = child.pid, seen.start if seen else None, False
+        self._keeper.hold_pid(agent.id, child.pid, agent.start)
         agent.started_at, agent.began = time.time(), self.reactor.clock()
         agent.ending, agent.signalled, agent.stdin_closing = None, {}, False
         self.attend(agent, child)
@@ -394,6 +395,8 @@ class Supervisor:
         for agent in self.agents.values():
             if agent.run is not None:
                 self._keeper.hold(agent.id, agent.run.descriptors())
+                if agent.run.ended is None and agent.pid is not None:
+                    self._keeper.hold_pid(agent.id, agent.pid, agent.start)
 
     def retain(self) -> None:
         """Forget the oldest finished agents past `history_agents` or `history_secs`."""

@@ -18,6 +18,7 @@ from . import tree
 from .agent import Agent
 from .channel import Channel, Json
 from .lifecycle import INITIALIZING
+from .pidfd import open_pidfd
 from .process import Ended
 from .witness import Witness
 
@@ -48,7 +49,7 @@ class Inheritance(NamedTuple):
 
 class Found(NamedTuple):
     """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `seen`: it runs; else its end is
-    known or will be told."""
+    known or will be told. `pidfd`: the keeper held one, as the leader's parent was a core whose own parent had died."""
 
     pid: int
     start: int | None
@@ -56,6 +57,7 @@ class Found(NamedTuple):
     stdin_file: int
     ended: Ended | None
     seen: bool
+    pidfd: int = -1
 
 
 class Keeper:
@@ -77,6 +79,17 @@ class Keeper:
         """Give the keeper copies of an agent's descriptors (-1: none)."""
         there = {name: fd for name, fd in fds.items() if fd >= 0}
         self.channel.send({"hold": agent_id, "names": list(there)}, list(there.values()))
+
+    def hold_pid(self, agent_id: str, pid: int, start: int | None) -> None:
+        """Give a keeper that is not our parent what tells how a leader ended: if we died, it would be init's child."""
+        if os.getppid() == self.pid:
+            return
+        fd = open_pidfd(pid)
+        seen = tree.look(pid)
+        if fd >= 0:
+            if seen is not None and seen.start == start:
+                self.hold(agent_id, {"pid": fd})
+            os.close(fd)
 
     @property
     def has_everything(self) -> bool:
@@ -120,8 +133,8 @@ class TakeOver:
                 os.close(fd)
             return None
         fds = (held.get("stdin", -1), held.get("stdout", -1), held.get("stderr", -1))
-        file = held.get(f"stdin.{agent.stdin_file}", -1)
-        for name in set(held) - {*NAMES, f"stdin.{agent.stdin_file}"}:
+        file, pidfd = held.get(f"stdin.{agent.stdin_file}", -1), held.get("pid", -1)
+        for name in set(held) - {*NAMES, f"stdin.{agent.stdin_file}", "pid"}:
             os.close(held.pop(name))  # of a file that the registry never heard of, or that is written out
         pid, start = agent.pid, agent.start
         if pid is None:
@@ -136,9 +149,9 @@ class TakeOver:
         told = self._left.ends.get(pid)
         if told is not None and told.start in (start, 0):
             del self._left.ends[pid]
-            return Found(pid, start, fds, file, told.ended, False)
+            return Found(pid, start, fds, file, told.ended, False, pidfd)
         proc = tree.look(pid)
-        return Found(pid, start, fds, file, None, proc is not None and proc.start == start)
+        return Found(pid, start, fds, file, None, proc is not None and proc.start == start, pidfd)
 
     def _leader(self, agent: Agent) -> tuple[int, int] | None:
         """Find the leader of an agent that was being started: its pid was not on disk yet. It runs with the agent's

@@ -2,6 +2,7 @@
 
     run.py [--secs 180] [--seed N] [--faults "kill core,reload"] [--without …]     random faults
     run.py --kills 500 [--seed N]                                             SIGKILLs in a row, with latencies
+    run.py --lives 10000                                                      short lives, with footprint
 
 Owns:    the order of a run: disk, server, clients, hand, the quiet at the end, the accounts, the summary.
 Runs in: the chaos process; exit code 0 when nothing was lost, 1 when something was.
@@ -29,6 +30,7 @@ from clients import Client, EventFollower  # noqa: E402
 from closing import finish, quiet, settle, summary  # noqa: E402
 from hand import FAULTS, Hand  # noqa: E402
 from kills import kills  # noqa: E402
+from lives import lives  # noqa: E402
 
 CLIENTS, LIVE_EACH = 5, 7
 DISK_MIB = 192
@@ -53,6 +55,7 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--without", default=os.environ.get("CHAOS_WITHOUT", ""), help="all but these")
     parser.add_argument("--pace", type=float, default=0.5, help="mean seconds between two faults")
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--lives", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the state directory of a run that lost something")
     parser.add_argument("--quiet", action="store_true", help="no line for each fault")
     parser.add_argument("--on-small-disk", action="store_true", help=argparse.SUPPRESS)
@@ -117,7 +120,7 @@ def chaos(args: argparse.Namespace, where: Path) -> int:
 def main() -> int:
     """Run and clean up."""
     args = settings()
-    if not args.on_small_disk and not args.kills:
+    if not (args.on_small_disk or args.kills or args.lives):
         with_small_disk()
     say(f"seed {args.seed}")
     where = home(args.on_small_disk)
@@ -125,6 +128,8 @@ def main() -> int:
     try:
         if args.kills:
             code = kills(args, where, FLAGS, say)
+        elif args.lives:
+            code = lives(args, where, say)
         else:
             code = chaos(args, where)
     finally:
