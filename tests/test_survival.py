@@ -6,6 +6,7 @@ Unaware: of how it is done; the chaos suite does it at random, and counts.
 """
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -20,6 +21,7 @@ from test_faults import back, zmq_answers
 from wire import LineWire, alive, new_id, states
 
 from agentserver.core.pidfd import tells_exit_codes
+from agentserver.core.tree import become_subreaper
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")
 
@@ -169,10 +171,14 @@ def test_a_keeper_dies_and_another_comes(start_server: Callable[..., Server]) ->
     server.process.stdout.close()  # type: ignore[union-attr]
 
 
-def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Callable[..., Server]) -> None:
-    """Their parent is init now, which tells nobody; but the new keeper holds what does, of agents old and new."""
+def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Callable[..., Server],
+                                                              request: pytest.FixtureRequest) -> None:
+    """Their parent is init then (here: we), which tells nobody; but the new keeper holds what does, of agents old
+    and new."""
     if not tells_exit_codes():
         pytest.skip("this kernel does not tell exit codes by pidfd (Linux 6.15)")
+    request.addfinalizer(lambda: ctypes.CDLL(None).prctl(36, 0, 0, 0, 0))
+    assert become_subreaper()
     server = start_server()
     with LineWire(server.socket_path) as wire:
         old = wire.spawn("print_when")
@@ -186,6 +192,8 @@ def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Call
     os.kill(pids[1], signal.SIGUSR1)
     wait_until(lambda: states(pids) == {"Z"}, what="the agents to be zombies of the stopped core")
     os.kill(core, signal.SIGKILL)
+    for pid in (core, *pids):
+        os.waitpid(pid, 0)
     back(heir, "core", core)
     with LineWire(heir.socket_path) as wire:
         assert wire.exit(old)["signal"] == "SIGKILL" and wire.exit(new)["code"] == 5
