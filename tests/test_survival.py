@@ -18,6 +18,7 @@ from typing import Callable
 import pytest
 from support import DEADLINE_SECS, MAIN, Server, agent, wait_until
 from test_faults import back, zmq_answers
+from test_tree import grown
 from wire import LineWire, alive, new_id, states
 
 from agentserver.core.pidfd import tells_exit_codes
@@ -182,14 +183,18 @@ def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Call
     server = start_server()
     with LineWire(server.socket_path) as wire:
         old = wire.spawn("print_when")
+        trees = [grown(wire, 2, 2)]
     heir = successor(start_server, server)
     with LineWire(heir.socket_path) as wire:
         new = wire.spawn("catcher", 1, 5)
-        pids = [wire.info(each)["pid"] for each in (old, new)]
+        trees += [grown(wire, 2, 2), grown(wire, 2, 2)]
+        pids = [wire.info(each)["pid"] for each in (old, new, trees[0][0], trees[1][0])]
     core = heir.pids()["core"]
     os.kill(core, signal.SIGSTOP)
     os.kill(pids[0], signal.SIGKILL)
     os.kill(pids[1], signal.SIGUSR1)
+    for leader in pids[2:]:
+        os.kill(leader, signal.SIGTERM)
     wait_until(lambda: states(pids) == {"Z"}, what="the agents to be zombies of the stopped core")
     os.kill(core, signal.SIGKILL)
     for pid in (core, *pids):
@@ -197,6 +202,12 @@ def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Call
     back(heir, "core", core)
     with LineWire(heir.socket_path) as wire:
         assert wire.exit(old)["signal"] == "SIGKILL" and wire.exit(new)["code"] == 5
+        wire.control(trees[2][0], "kill")  # its leader runs on
+        for each, all_of_it in trees:
+            assert wire.exit(each)["reason"] == ("kill" if each == trees[2][0] else "exited")
+            wait_until(lambda: states(all_of_it) <= {"", "Z"}, what="its tree to be ended")
+            for pid in all_of_it[1:]:
+                os.waitpid(pid, 0)
     server.process.stdout.close()  # type: ignore[union-attr]
 
 

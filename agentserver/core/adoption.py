@@ -79,6 +79,11 @@ class Adoption:
             self._lost(agent, [])
         else:
             self._go_on(agent, found)
+            if found.pidfd >= 0:
+                self._watch_pidfd(agent, found.pidfd)
+                self._foster(taken.survivors(agent))
+            else:
+                self._watch_stranger(agent)
 
     def _go_on(self, agent: Agent, found: Found) -> None:
         fresh = agent.status == lifecycle.INITIALIZING
@@ -86,10 +91,6 @@ class Adoption:
         agent.started_at = agent.started_at or time.time()
         agent.began = agent.began or self._reactor.clock()
         self._supervisor.attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
-        if found.pidfd >= 0:
-            self._watch_pidfd(agent, found.pidfd)
-        else:
-            self._watch_stranger(agent)
         if fresh:
             self._supervisor.started(agent)
         ending = self._supervisor.ending
@@ -169,6 +170,13 @@ class Adoption:
         run = agent.run
         assert run is not None
         run.pidfd = self._reactor.watch(fd, READ, lambda _mask: self._stranger_ended(agent, run, fd, 0))
+
+    def _foster(self, left: list[tree.Proc]) -> None:
+        """Note who took in what is left of an agent, be its leader alive or not."""
+        pids = {proc.pid for proc in left}
+        for proc in left:
+            if proc.parent not in pids:
+                self._family.foster(proc.parent)
 
     def _look_again(self, agent: Agent, run: Run) -> None:
         """Without a pidfd (before Linux 5.3, Python 3.9) only looking tells, and nothing tells how it ended."""
