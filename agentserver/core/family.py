@@ -5,9 +5,9 @@ Runs in: the core's thread.
 Unaware: of policy: it tells who is who, and signals whom it is told to.
 
 A descendant whose parent died becomes our child (see tree.py). Whose it was is told by the mark in
-its environment, else by its session, by a pipe of the agent that it holds, or by an earlier sight of it. One that
-cleared its environment and was never seen belongs to nobody until every agent that could have
-started it has ended; the last of those takes it along.
+its environment, else by its session, by a pipe or the terminal of the agent that it holds, or by an
+earlier sight of it. One that cleared its environment and was never seen belongs to nobody until every
+agent that could have started it has ended; the last of those takes it along.
 """
 from __future__ import annotations
 
@@ -121,16 +121,16 @@ class Family:
         if owner not in self._known and proc.session in self._sessions:
             owner = self._sessions[proc.session].id
         if owner not in self._known:
-            owner = self._by_pipe(tree.pipes_of(proc.pid))
+            owner = self._by_what_it_holds(tree.held_by(proc.pid))
         if owner not in self._known:
             return ""
         self._owners[key] = owner
         return owner
 
-    def _by_pipe(self, inodes: set[int]) -> str:
-        """Return whose pipes somebody holds."""
-        for agent in self._sessions.values() if inodes else ():
-            if agent.run is not None and not inodes.isdisjoint(agent.run.inodes):
+    def _by_what_it_holds(self, held: set[tuple[int, int]]) -> str:
+        """Return whose pipes or terminal somebody holds."""
+        for agent in self._sessions.values() if held else ():
+            if agent.run is not None and not held.isdisjoint(agent.run.shared):
                 return agent.id
         return ""
 

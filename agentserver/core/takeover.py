@@ -14,13 +14,13 @@ import os
 import time
 from typing import Mapping, NamedTuple
 
-from . import tree
+from . import terminal, tree
 from .agent import Agent
 from .channel import Channel
 from .lifecycle import INITIALIZING
 from .process import Ended
 
-NAMES = ("stdin", "stdout", "stderr")
+NAMES = ("stdin", "stdout", "stderr", *terminal.HELD)
 
 
 class End(NamedTuple):
@@ -40,12 +40,12 @@ class Inheritance(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `seen`: it runs; else its end is
-    known or will be told."""
+    """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `ends` are ours of its pipes, or of
+    its terminal, by name. `seen`: it runs; else its end is known or will be told."""
 
     pid: int
     start: int | None
-    fds: tuple[int, int, int]
+    ends: dict[str, int]
     stdin_file: int
     ended: Ended | None
     seen: bool
@@ -103,26 +103,26 @@ class TakeOver:
             held = {}  # the core before us died before it had made anything of it
         if held is None or agent.boot != self._boot:
             return None
-        fds = (held.get("stdin", -1), held.get("stdout", -1), held.get("stderr", -1))
-        file = held.get(f"stdin.{agent.stdin_file}", -1)
-        for name in set(held) - {*NAMES, f"stdin.{agent.stdin_file}"}:
+        file = held.pop(f"stdin.{agent.stdin_file}", -1)
+        for name in set(held) - set(NAMES):
             os.close(held.pop(name))  # of a file that the registry never heard of, or that is written out
         pid, start = agent.pid, agent.start
         if pid is None:
             if self._expected == agent.id:
-                for fd in held.values():
-                    os.close(fd)
-                return Found(0, None, (-1, -1, -1), -1, None, False)
+                for fd in (*held.values(), file):
+                    if fd >= 0:
+                        os.close(fd)
+                return Found(0, None, {}, -1, None, False)
             leader = self._leader(agent)
             if leader is None:
-                return Found(-1, None, fds, file, None, False)
+                return Found(-1, None, held, file, None, False)
             pid, start = leader
         told = self._left.ends.get(pid)
         if told is not None and told.start in (start, 0):
             del self._left.ends[pid]
-            return Found(pid, start, fds, file, told.ended, False)
+            return Found(pid, start, held, file, told.ended, False)
         proc = tree.look(pid)
-        return Found(pid, start, fds, file, None, proc is not None and proc.start == start)
+        return Found(pid, start, held, file, None, proc is not None and proc.start == start)
 
     def _leader(self, agent: Agent) -> tuple[int, int] | None:
         """Find the leader of an agent that was being started: its pid was not on disk yet. It runs with the agent's
