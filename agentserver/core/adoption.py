@@ -72,7 +72,7 @@ class Adoption:
         elif found.pid == 0:  # asked for and durable, but never started
             self._begin_again(agent)
         elif found.pid < 0:  # it began and ended, and which of the ends was its own nobody can tell
-            self._take_output(agent, found.fds)
+            self._take_output(agent, found)
             self._lost(agent, [])
         else:
             self._go_on(agent, found)
@@ -82,7 +82,7 @@ class Adoption:
         agent.pid, agent.start, agent.adopted = found.pid, found.start, True
         agent.started_at = agent.started_at or time.time()
         agent.began = agent.began or self._reactor.clock()
-        self._supervisor.attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
+        self._supervisor.attend(agent, found.ends, found.stdin_file)
         self._watch_stranger(agent)
         if fresh:
             self._supervisor.started(agent)
@@ -95,16 +95,11 @@ class Adoption:
         elif not found.seen:
             self._reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
 
-    def _take_output(self, agent: Agent, fds: tuple[int, int, int]) -> None:
-        for name, fd in zip(("", "stdout", "stderr"), fds):
-            try:
-                while name and fd >= 0 and agent.output.capture(name, fd):
-                    pass
-            except BlockingIOError:
-                pass
-            if fd >= 0:
-                os.close(fd)
-        agent.output.close()
+    def _take_output(self, agent: Agent, found: Found) -> None:
+        """Record what waits in pipes or terminal, of an agent of which nothing else is left."""
+        run = self._supervisor.run(agent, found.ends, found.stdin_file)
+        run.drain()
+        run.close()
 
     def _begin_again(self, agent: Agent) -> None:
         try:

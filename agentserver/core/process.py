@@ -76,8 +76,8 @@ def raise_descriptor_limit() -> tuple[int, int]:
 
 
 class Ends(NamedTuple):
-    """What connects us with a child that is to be started: our ends, non-blocking, by the names that a keeper holds them
-    by; the child's, by the number they have there. On a terminal the child's is the slave, and `tty` its path."""
+    """What connects us with a child that is to be started: our ends, non-blocking, by the names that a keeper holds
+    them by; the child's, by the number they have there. On a terminal the child's is the slave, and `tty` its path."""
 
     ours: dict[str, int]
     theirs: dict[int, int]

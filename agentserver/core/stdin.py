@@ -68,8 +68,8 @@ class Desk(Protocol):
 
 
 class Stdin:
-    """The stdin of one attempt. `pipe` may be a terminal, if the agent has one; it becomes ours. `file` is the open file
-    that a core before us has left, -1 if there is none.
+    """The stdin of one attempt. `pipe` may also be a terminal's master; it becomes ours. `file` is the open file that a
+    core before us has left, -1 if there is none.
 
     Durable in the agent's record: `stdin_file`, the number of the file; `stdin_end`, how much of it was
     accepted; `stdin_closing`, whether it is to be closed after that."""

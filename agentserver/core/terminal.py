@@ -94,9 +94,11 @@ class Terminal:
         ours = zip(HELD, (self.master, self._relay_out, self._relay_in))
         return {name: fd for name, fd in ours if fd >= 0}
 
-    def resize(self, rows: int, cols: int) -> None:
-        """See `resize`."""
-        resize(self.master, rows, cols)
+    def resize(self, rows: int, cols: int) -> bool:
+        """See `resize`; return whether there still is a terminal."""
+        if self.master >= 0:
+            resize(self.master, rows, cols)
+        return self.master >= 0
 
     def typing(self) -> int:
         """Return a descriptor of its own for what is typed, -1 if there is none to be had: a selector takes each

@@ -174,8 +174,8 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 
 def ignores(pid: int, number: int) -> bool:
     """Whether a process ignores a signal."""
-    mask = _read(f"{_PROC}/{pid}/status", 4096).partition(b"\nSigIgn:")[2].split(None, 1)[:1]
-    return bool(mask and int(mask[0], 16) >> (number - 1) & 1)
+    mask = _read(f"{_PROC}/{pid}/status", 4096).partition(b"\nSigIgn:")[2].split(None, 1)
+    return bool(mask) and bool(int(mask[0], 16) >> (number - 1) & 1)
 
 
 def unshield(pid: int) -> None:
