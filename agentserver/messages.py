@@ -50,6 +50,14 @@ class Limits:
     runtime_secs: Optional[float] = wire(seconds(zero=False), None)
 
 
+@dataclass(frozen=True)
+class TerminalSize:
+    """The size of a terminal, in characters."""
+
+    rows: int = wire(whole(1, 65535))
+    cols: int = wire(whole(1, 65535))
+
+
 def _limits(value: Any, where: str) -> Limits:
     for name in ("idle_secs", "output_bytes", "memory_bytes", "open_files", "processes", "cpu_secs"):
         if mapping(value, where).get(name) is not None:
@@ -82,7 +90,7 @@ class AgentConfig:
     environment: Dict[str, str] = wire(environment, default_factory=dict, repr=False)
     cwd: Optional[str] = wire(os_text(4096, 1), None)
     stdin: Optional[str] = wire(one_of("null", "pipe", "pty"), None)
-    pty: Any = wire(_later("pseudo-terminals"), None)
+    pty: Optional[TerminalSize] = wire(record(TerminalSize), None)
     restart: Any = wire(_later("restart policy", {}, {"policy": "never"}), None)
     limits: Optional[Limits] = wire(_limits, None)
     grace_secs: Optional[float] = wire(seconds(86400.0), None)
@@ -244,12 +252,6 @@ class SignalPayload:
 
 
 @dataclass(frozen=True)
-class ResizePayload:
-    rows: int = wire(whole(1, 65535))
-    cols: int = wire(whole(1, 65535))
-
-
-@dataclass(frozen=True)
 class CustomActionPayload:
     action: str = wire(text(64, 1))
     params: Any = wire(anything, None)
@@ -260,6 +262,6 @@ COMMANDS: Dict[str, Any] = {
     "restart": StopPayload, "get_status": NoPayload, "inspect": NoPayload,
     "write_stdin": WriteStdinPayload, "close_stdin": NoPayload,
     "read_stdout": ReadPayload, "read_stderr": ReadPayload, "signal": SignalPayload,
-    "resize": ResizePayload, "custom_action": CustomActionPayload, "stream_logs": NoPayload,
+    "resize": TerminalSize, "custom_action": CustomActionPayload, "stream_logs": NoPayload,
     "remove": NoPayload,
 }

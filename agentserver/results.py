@@ -86,6 +86,7 @@ class AgentInfo(Result):
     command: List[str] = field(default_factory=list)
     cwd: str = ""
     stdin: str = ""
+    pty: Optional[Dict[str, int]] = None
     activity: Optional[Json] = None
     output: Dict[str, StreamRange] = field(default_factory=dict)
 

@@ -119,13 +119,36 @@ def test_gemini_is_given_its_prompt_by_file() -> None:
     assert mine.environment_in("/d")["GEMINI_SYSTEM_MD"] == "/mine" and mine.files == {}
 
 
+# ---------------------------------------------------------------- terminals
+
+def test_a_terminal_by_its_size_or_by_its_name() -> None:
+    given = launch(command=["x"], pty={"rows": 5, "cols": 7})
+    assert (given.stdin, given.pty) == ("pty", {"rows": 5, "cols": 7})
+    assert launch(command=["x"], stdin="pty").pty == {"rows": 24, "cols": 80}
+    assert launch(command=["x"]).pty is None and launch(command=["x"], stdin="null").pty is None
+    assert run("claude", task="t", stdin="pty").argv == run("claude", task="t").argv
+    own = {"tui": {"argv": "tui -- {task}", "stdin": "pty"}}
+    assert launch(own, model_backend="tui").pty == {"rows": 24, "cols": 80}, "a backend may want one, and no task"
+    assert launch(own, model_backend="tui", task="t", stdin="null").pty is None
+
+
+def test_term_is_that_of_the_agents_own_terminal() -> None:
+    environ = {"TERM": "dumb", "PATH": "/bin"}
+    assert launch(environ=environ, command=["x"]).environment["TERM"] == "dumb"
+    assert launch(environ=environ, command=["x"], stdin="pty").environment["TERM"] == "xterm-256color"
+    given = launch(environ=environ, command=["x"], stdin="pty", environment={"TERM": "vt100"})
+    assert given.environment["TERM"] == "vt100"
+    own = {"tui": {"argv": "tui", "environment.TERM": "screen"}}
+    assert launch(own, environ=environ, model_backend="tui", stdin="pty").environment["TERM"] == "screen"
+
+
 # ---------------------------------------------------------------- what is refused
 
 @pytest.mark.parametrize("config,says", [
     ({}, "neither was given"),
     ({"command": ["x"], "model_backend": "claude"}, "both were given"),
-    ({"command": ["x"], "stdin": "pty"}, "no pseudo-terminals in this version"),
-    ({"model_backend": "claude", "task": "t", "stdin": "pty"}, "no pseudo-terminals in this version"),
+    ({"command": ["x"], "stdin": "pipe", "pty": {"rows": 24, "cols": 80}}, "leave one of them out"),
+    ({"command": ["x"], "model": "M", "pty": {"rows": 24, "cols": 80}}, "takes no model with stdin=pty"),
     ({"command": [""]}, "names the program"),
     ({"command": ["x"], "model": "M"}, "command takes no model"),
     ({"command": ["x"], "system_prompt": "M"}, "command takes no system_prompt"),
@@ -278,7 +301,7 @@ def test_sections_win_over_built_in_and_cli() -> None:
 @pytest.mark.parametrize("key,value,says", [
     ("argv", "a 'b", "cannot be split"), ("argv", "", "is empty"), ("argv", "'' x", "is empty"),
     ("argv", "a {taks}", "{taks}"), ("argv", "a --x={modell:json}", "{modell:json}"), ("argv", [1], "cannot be split"),
-    ("argv_pipe", "a {prompt}", "{prompt}"), ("argv", ["a\0"], "NUL"), ("stdin", "pty", "null, pipe"),
+    ("argv_pipe", "a {prompt}", "{prompt}"), ("argv", ["a\0"], "NUL"), ("stdin", "tty", "null, pipe, pty"),
     ("finish", "kill", "nothing, close_stdin, sigint"), ("like", "nothing", "not built in"), ("program", "", "a path"),
     ("program", "{task}", "braces"), ("environment", "A", "has no ="), ("environment", "1A=s3cret", "'1A'"),
     ("environment", {"A": 5}, "must be text"), ("environment.A-B", "s3cret", "'A-B'"),

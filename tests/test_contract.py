@@ -437,10 +437,11 @@ def test_unknown_types_and_commands(wire: Wire) -> None:
     {"config": {"command": ["/bin/true"], "limits": {"runtime_secs": "1"}}},
     {"config": {"command": ["/bin/true"]}, "metadata": []}, {"config": {"command": ["/bin/true"]}, "timeout_secs": 0},
     {"config": {"command": ["/bin/true"]}, "timeout_secs": "1"},
+    {"config": {"command": ["/bin/true"], "pty": {"rows": 24, "cols": 0}}},
+    {"config": {"command": ["/bin/true"], "pty": {"rows": 24}}},
+    {"config": {"command": ["/bin/true"], "pty": {"rows": 24, "cols": 80}, "stdin": "pipe"}},
     # what comes later is refused, not ignored, where ignoring it would hurt
-    {"config": {"command": ["/bin/true"], "pty": {"rows": 24, "cols": 80}}},
     {"config": {"command": ["/bin/true"], "queue": True}},
-    {"config": {"command": ["/bin/true"], "stdin": "pty"}},
     {"config": {"command": ["/bin/true"], "restart": {"policy": "always"}}},
     {"config": {"command": ["/bin/true"], "limits": {"memory_bytes": 10}}},
     {"config": {"command": ["/bin/true"], "tool_level": "readonly"}},

@@ -157,7 +157,9 @@ def test_canonical_ignores_order_and_id_only() -> None:
     ({"environment": {"A": 1}}, "config.environment.A must be text"),
     ({"environment": {"A": "secret\0"}}, "config.environment.A contains a NUL"),
     ({"environment": ["A=b"]}, "config.environment must be an object"),
-    ({"pty": {"rows": 1}}, "config.pty: this version has no pseudo-terminals"),
+    ({"pty": {"rows": 1}}, "config.pty.cols is missing"),
+    ({"pty": {"rows": 1, "cols": 65536}}, "config.pty.cols must be"),
+    ({"pty": True}, "config.pty must be an object"),
     ({"queue": True}, "config.queue: this version has no queue"),
     ({"restart": {"policy": "always"}}, "config.restart: this version has no restart policy"),
 ])

@@ -12,6 +12,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     channel     the line between keeper and child; carries descriptors
     reactor     the loop: descriptors, deadlines, signals
     counters    numbers that outlive us
+    terminal    a pseudo-terminal: its two sides, its size, the relay that outlives us
     process     start, signal and reap one child
     lastwords   how children ended, noted before they are reaped
     witness     whether a child began, when a core died in the middle of a spawn
@@ -44,7 +45,7 @@ Runs in: see each file.
 Unaware: of the network, the client and the command line.
 
 One request, from socket to process and back: connection -> control.handle -> commands -> supervisor
--> registry (commit) -> takeover (pipes to the keeper) -> witness -> process -> registry (commit) ->
+-> registry (commit) -> takeover (pipes or terminal to the keeper) -> witness -> process -> registry (commit) ->
 connection. Its end: SIGCHLD or the keeper's word -> ending -> supervisor -> registry and feed -> connection.
 A new core, after whatever came before: takeover.inherit -> adoption.load -> service.
 """

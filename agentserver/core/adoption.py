@@ -75,7 +75,7 @@ class Adoption:
             self._begin_again(agent)
         elif found.pid < 0:  # it began and ended, and which of the ends was its own nobody can tell
             self._supervisor.started(agent)
-            self._take_output(agent, found.fds)
+            self._take_output(agent, found)
             self._lost(agent, [])
         else:
             self._go_on(agent, found)
@@ -90,7 +90,7 @@ class Adoption:
         agent.pid, agent.start, agent.adopted = found.pid, found.start, True
         agent.started_at = agent.started_at or time.time()
         agent.began = agent.began or self._reactor.clock()
-        self._supervisor.attend(agent, process.Child(found.pid, *found.fds), found.stdin_file)
+        self._supervisor.attend(agent, found.ends, found.stdin_file)
         if fresh:
             self._supervisor.started(agent)
         ending = self._supervisor.ending
@@ -102,16 +102,11 @@ class Adoption:
         elif not found.seen and found.pidfd < 0:
             self._reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
 
-    def _take_output(self, agent: Agent, fds: tuple[int, int, int]) -> None:
-        for name, fd in zip(("", "stdout", "stderr"), fds):
-            try:
-                while name and fd >= 0 and agent.output.capture(name, fd):
-                    pass
-            except BlockingIOError:
-                pass
-            if fd >= 0:
-                os.close(fd)
-        agent.output.close()
+    def _take_output(self, agent: Agent, found: Found) -> None:
+        """Record what waits in pipes or terminal, of an agent of which nothing else is left."""
+        run = self._supervisor.run(agent, found.ends, found.stdin_file)
+        run.drain()
+        run.close()
 
     def _begin_again(self, agent: Agent) -> None:
         if not self._registry.commit():  # a full disk: nobody was told that it would run, so that it can wait

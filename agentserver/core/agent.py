@@ -19,7 +19,8 @@ _NONE, _NUMBER = type(None), (int, float)
 _TIME = (*_NUMBER, _NONE)
 #: fields of a record as they are stored, and of which types; anything else in a stored record is kept in `unknown`
 STORED: dict[str, Any] = {
-    "name": str, "model_backend": str, "task": str, "command": list, "cwd": str, "stdin": str, "finish": str,
+    "name": str, "model_backend": str, "task": str, "command": list, "cwd": str, "stdin": str, "pty": (dict, _NONE),
+    "finish": str,
     "grace_secs": _NUMBER, "runtime_secs": _TIME, "labels": dict, "metadata": dict, "status": str, "want": str,
     "attempt": int, "pid": (int, _NONE), "start": (int, _NONE), "boot": str, "created_at": _NUMBER,
     "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
@@ -38,6 +39,7 @@ class Agent:
     command: list[str]
     cwd: str
     stdin: str
+    pty: dict[str, int] | None  # rows and cols of its terminal, if it has one
     finish: str
     grace_secs: float
     runtime_secs: float
@@ -119,7 +121,7 @@ class Agent:
             "pause_mode": self.pause_mode, "attach_info": None, "want": self.want, "pid": self.pid,
             "attempt": self.attempt, "created_at": _stamp(self.created_at), "finished_at": _stamp(self.finished_at),
             "exit": self.exit, "labels": self.labels, "metadata": self.metadata, "command": self.command,
-            "cwd": self.cwd, "stdin": self.stdin, "activity": None,
+            "cwd": self.cwd, "stdin": self.stdin, "pty": self.pty, "activity": None,
             "output": {"stdout": {"first_offset": first[0], "end_offset": first[1]},
                        "stderr": {"first_offset": second[0], "end_offset": second[1]}}}
 

@@ -22,7 +22,9 @@ from ..errors import ConfigError, RequestError
 
 BASE_ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TERM", "TMPDIR",
                     "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS")
-STDIN = ("null", "pipe")
+STDIN = ("null", "pipe", "pty")
+ROWS, COLS = 24, 80     # of a terminal whose size nobody gave
+TERM = "xterm-256color"  # what most terminals of today understand
 FINISH = ("", "close_stdin", "sigint")
 
 #: what a template may take up; `tools` is the tool level as the backend spells it, `title` a short name for the run
@@ -217,6 +219,7 @@ class Launch:
 
     argv: List[str]
     stdin: str
+    pty: Optional[Dict[str, int]]   # rows and cols, if it is to have a terminal
     finish: str
     environment: Dict[str, str] = field(repr=False)
     files: Dict[str, str] = field(default_factory=dict, repr=False)
@@ -229,7 +232,9 @@ class Launch:
 def plan(config: messages.AgentConfig, backends: Mapping[str, Backend], environ: Mapping[str, str],
          pass_environment: Sequence[str]) -> Launch:
     """Return what `config` asks for, or raise `RequestError` (`unknown_backend`, `bad_request`)."""
-    _check_stdin(config)
+    if config.pty is not None and config.stdin not in (None, "pty"):
+        raise RequestError(f"config.pty gives the size of a terminal, and config.stdin={config.stdin} says that there "
+                           "is none; leave one of them out")
     if bool(config.command) == bool(config.model_backend):
         raise RequestError("give either command (an argv) or model_backend (a name); "
                            + ("both were given" if config.command else "neither was given"))
@@ -252,9 +257,14 @@ def base_environment(environ: Mapping[str, str], pass_environment: Iterable[str]
             if (name in exact or name.startswith(beginnings)) and name != "AGENTSERVER_AGENT_ID"}
 
 
-def _check_stdin(config: messages.AgentConfig) -> None:
-    if config.stdin == "pty" or config.pty is not None:
-        raise RequestError("there are no pseudo-terminals in this version; use stdin=pipe or stdin=null")
+def _stdin(config: messages.AgentConfig, backend: Backend) -> str:
+    return "pty" if config.pty is not None else config.stdin or backend.stdin
+
+
+def _size(config: messages.AgentConfig, stdin: str) -> Optional[Dict[str, int]]:
+    if stdin != "pty":
+        return None
+    return {"rows": config.pty.rows, "cols": config.pty.cols} if config.pty else {"rows": ROWS, "cols": COLS}
 
 
 def _cli_program(name: str, backends: Mapping[str, Backend]) -> str:
@@ -270,22 +280,23 @@ def _literal_launch(config: messages.AgentConfig, argv: List[str], what: str, ba
     if not argv[0]:
         raise RequestError("command[0] is empty; it names the program")
     _refuse_unused(config, {"task"}, _COMMAND, what, "")
-    return Launch(argv, config.stdin or _COMMAND.stdin, _COMMAND.finish, _environment(config, base, {}))
+    stdin = _stdin(config, _COMMAND)
+    return Launch(argv, stdin, _size(config, stdin), _COMMAND.finish, _environment(config, base, {}, stdin))
 
 
 def _backend_launch(config: messages.AgentConfig, backend: Backend, base: Dict[str, str]) -> Launch:
-    stdin = config.stdin or backend.stdin
+    stdin = _stdin(config, backend)
     line = backend.line(stdin)
     taken = _mentioned((*line, *backend.environment.values(), *backend.files.values()))
     if "task" in taken and not config.task and stdin == "null":
         raise RequestError(f"backend {backend.name} needs a task; give one, or use stdin=pipe "
                            "and write it to its stdin")
-    way_out = "write it to its stdin" if stdin == "pipe" else "leave it out"
+    way_out = "leave it out" if stdin == "null" else "write it to its stdin"
     tools = _refuse_unused(config, taken, backend, f"backend {backend.name}", way_out)
     values = _values(config, tools)
     files = {name: text for name, text in _filled(backend.files, values).items() if name not in config.environment}
-    return Launch(_arguments(line, values), stdin, backend.finish,
-                  _environment(config, base, _filled(backend.environment, values)), files)
+    return Launch(_arguments(line, values), stdin, _size(config, stdin), backend.finish,
+                  _environment(config, base, _filled(backend.environment, values), stdin), files)
 
 
 def _refuse_unused(config: messages.AgentConfig, taken: Set[str], backend: Backend, what: str, way_out: str) -> str:
@@ -293,7 +304,8 @@ def _refuse_unused(config: messages.AgentConfig, taken: Set[str], backend: Backe
     for name in ("task", "system_prompt", "model", "agents"):
         if getattr(config, name) and name not in taken:
             advice = way_out if name == "task" else "leave it out"
-            raise RequestError(f"{what} takes no {name}" + (f" with stdin={config.stdin}" if config.stdin else "")
+            stdin = "pty" if config.pty is not None else config.stdin
+            raise RequestError(f"{what} takes no {name}" + (f" with stdin={stdin}" if stdin else "")
                                + f"; {advice}")
     if not config.tool_level:
         return ""
@@ -328,9 +340,11 @@ def _title(config: messages.AgentConfig) -> str:
     return " ".join(words)[:50].lstrip("- ").rstrip() or "agentserver"
 
 
-def _environment(config: messages.AgentConfig, base: Dict[str, str], own: Mapping[str, str]) -> Dict[str, str]:
+def _environment(config: messages.AgentConfig, base: Dict[str, str], own: Mapping[str, str],
+                 stdin: str) -> Dict[str, str]:
     context = {"AGENT_CONTEXT": config.context} if config.context else {}
-    environment = {**base, **own, **context, **config.environment}
+    terminal = {"TERM": TERM} if stdin == "pty" else {}  # not the one that the server was started from
+    environment = {**base, **terminal, **own, **context, **config.environment}
     environment.pop("AGENTSERVER_AGENT_ID", None)
     return environment
 

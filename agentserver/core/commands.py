@@ -91,8 +91,9 @@ class Commands:
         self._supervisor.signal(agent, number, ask)
         return {"signal_sent": process.signal_name(number)}
 
-    def _resize(self, agent: Agent, payload: m.ResizePayload, ask: Ask) -> Json:
-        raise RequestError(f"{agent.label()} does not run on a terminal (stdin is {agent.stdin})", "invalid_state")
+    def _resize(self, agent: Agent, payload: m.TerminalSize, ask: Ask) -> Json:
+        self._supervisor.resize(agent, payload.rows, payload.cols)
+        return {"rows": payload.rows, "cols": payload.cols}
 
     def _remove(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         self._supervisor.remove(agent)
@@ -140,9 +141,7 @@ class Commands:
         if run is None:
             raise RequestError(f"{agent.label()} is {agent.status}; nothing can be written to it", "stdin_closed")
         self._supervisor.check_memory()
-        buffered = run.stdin.write(data)
-        if payload.eof:
-            run.stdin.close()
+        buffered = run.stdin.write(data, payload.eof)
         return {"bytes_written": len(data), "buffered": buffered}
 
     def _close_stdin(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:

@@ -82,9 +82,11 @@ class Ending:
         run.ladder = self._reactor.at(ending["at"], lambda: rung(agent))
 
     def terminate(self, agent: Agent) -> None:
-        """SIGTERM to the tree, and SIGKILL after the grace."""
+        """SIGTERM to the tree, at a terminal SIGHUP to whom that does not reach, and SIGKILL after the grace."""
         assert agent.ending is not None
         self._family.signal(agent, SIGTERM)
+        if agent.stdin == "pty":
+            self._family.hang_up(agent)
         self._family.signal(agent, SIGCONT)  # a stopped process acts on SIGTERM only when it goes on (signal(7))
         now = self._reactor.clock()
         latest = now + agent.ending["grace_secs"]

@@ -5,14 +5,14 @@ Runs in: the core's thread.
 Unaware: of policy: it tells who is who, and signals whom it is told to.
 
 A descendant whose parent died becomes our child (see tree.py). Whose it was is told by the mark in
-its environment, else by its session, by a pipe of the agent that it holds, or by an earlier sight of it. One that
-cleared its environment and was never seen belongs to nobody until every agent that could have
-started it has ended; the last of those takes it along.
+its environment, else by its session, by a pipe or the terminal of the agent that it holds, or by an
+earlier sight of it. One that cleared its environment and was never seen belongs to nobody until every
+agent that could have started it has ended; the last of those takes it along.
 """
 from __future__ import annotations
 
 import os
-from signal import SIGSTOP
+from signal import SIGCONT, SIGHUP, SIGSTOP, SIGTERM
 from typing import Callable, Iterable
 
 from . import process, tree
@@ -121,16 +121,16 @@ class Family:
         if owner not in self._known and proc.session in self._sessions:
             owner = self._sessions[proc.session].id
         if owner not in self._known:
-            owner = self._by_pipe(tree.pipes_of(proc.pid))
+            owner = self._by_what_it_holds(tree.held_by(proc.pid))
         if owner not in self._known:
             return ""
         self._owners[key] = owner
         return owner
 
-    def _by_pipe(self, inodes: set[int]) -> str:
-        """Return whose pipes somebody holds."""
-        for agent in self._sessions.values() if inodes else ():
-            if agent.run is not None and not inodes.isdisjoint(agent.run.inodes):
+    def _by_what_it_holds(self, held: set[tuple[int, int]]) -> str:
+        """Return whose pipes or terminal somebody holds."""
+        for agent in self._sessions.values() if held else ():
+            if agent.run is not None and not held.isdisjoint(agent.run.shared):
                 return agent.id
         return ""
 
@@ -159,9 +159,21 @@ class Family:
     # ------------------------------------------------------------ signalling
 
     def signal(self, agent: Agent, number: int) -> list[Proc]:
-        """Signal the leader and all that descends from it; return the descendants that were reached."""
+        """Signal the leader and all that descends from it; return the descendants that were reached.
+
+        Parents first; but children first when they are to go on: a shell that went on before its job would see the job
+        stopped, and take the terminal from it."""
         if agent.pid not in self.leaders:
             return []
+        if number == SIGCONT:
+            reached = [proc for proc in reversed(self.members([agent])[agent.id]) if tree.send(proc, number)]
+            self._signal_leader(agent, number)
+            return reached
+        self._signal_leader(agent, number)
+        return [proc for proc in self.members([agent])[agent.id] if tree.send(proc, number)]
+
+    def _signal_leader(self, agent: Agent, number: int) -> None:
+        assert agent.pid is not None
         if agent.adopted:  # reaped by the keeper at any moment, so that only its identity is sure
             leader = tree.look(agent.pid)
             if leader is not None and leader.start == agent.start:
@@ -170,7 +182,14 @@ class Family:
             process.send(agent.pid, number)
         if not self.sees:
             process.send_group(agent.pid, number)
-        return [proc for proc in self.members([agent])[agent.id] if tree.send(proc, number)]
+
+    def hang_up(self, agent: Agent) -> None:
+        """SIGHUP, as from a terminal that is gone, to those of a tree that ignore SIGTERM: shells at a terminal do."""
+        leader = tree.look(agent.pid or 0)
+        here = [leader] if leader is not None and leader.start == agent.start else []
+        for proc in here + self.members([agent])[agent.id]:
+            if tree.ignores(proc.pid, SIGTERM):
+                tree.send(proc, SIGHUP)
 
     def stop(self, agent: Agent) -> None:
         """SIGSTOP the tree, and again until all of it is seen to stand still: it may fork while it is being stopped."""

@@ -1,4 +1,4 @@
-"""One child: its pipes, its session, its signals, its end.
+"""One child: its pipes or its terminal, its session, its signals, its end.
 
 Owns:    every call that starts, signals or reaps a process.
 Runs in: the core's thread. `spawn` changes the working directory and the descriptor limit for a
@@ -16,25 +16,19 @@ import os
 import resource
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 
 from ..errors import RequestError
+from . import terminal
 
 T = TypeVar("T")
-FDS_PER_AGENT = 7   # three pipes, what waits for stdin, two segments, one index
+#: three pipes, what waits for stdin, two segments, one index; or a terminal: the master twice, the slave, both ends of
+#: the relay, what waits for stdin, one segment, one index
+FDS_PER_AGENT = 8
 FDS_RESERVE = 100   # half for sockets, registry and logs, half for clients, who may have what is left over too
 _DEFAULT_SIGNALS = sorted(set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP})
 _WORDS = {"interrupt": "INT", "terminate": "TERM", "hangup": "HUP", "continue": "CONT", "abort": "ABRT"}
-
-
-class Child(NamedTuple):
-    """A started process and our ends of its pipes (-1: none); all of ours are non-blocking."""
-
-    pid: int
-    stdin: int
-    stdout: int
-    stderr: int
 
 
 class Ended(NamedTuple):
@@ -81,41 +75,45 @@ def raise_descriptor_limit() -> tuple[int, int]:
     return soft, hard
 
 
-class Pipes(NamedTuple):
-    """The pipes of a child that is to be started: our ends and, by the number it is to have there, the child's."""
+class Ends(NamedTuple):
+    """What connects us with a child that is to be started: our ends, non-blocking, by the names that a keeper holds
+    them by; the child's, by the number they have there. On a terminal the child's is the slave, and `tty` its path."""
 
-    ours: tuple[int, int, int]
+    ours: dict[str, int]
     theirs: dict[int, int]
+    tty: str
 
     def close(self) -> None:
         """Close our ends, of a child that was not started."""
-        _close(fd for fd in self.ours if fd >= 0)
+        _close(self.ours.values())
 
 
-def pipes(stdin: bool) -> Pipes:
-    """Make the pipes of one child; raise `RequestError(spawn_failed)` when descriptors are out."""
+def ends(stdin: str, size: Mapping[str, int] | None) -> Ends:
+    """Make what connects us with one child, whose stdin is `null`, `pipe` or `pty` (of this size: rows, cols); raise
+    `RequestError(spawn_failed)` when there are no descriptors or no terminals left."""
     opened: list[int] = []
     try:
-        return _pipes(stdin, opened)
+        return _terminal(opened, **size) if size is not None else _pipes(stdin == "pipe", opened)
     except OSError as e:
         _close(opened)
-        raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
+        what = "it can have no terminal (see kernel.pty.max in sysctl): " if size is not None else ""
+        raise RequestError(f"the agent could not be started: {what}{os.strerror(e.errno or 0)}",
+                           "spawn_failed") from None
 
 
-def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, pipes: Pipes, nofile: int,
-          first: tuple[Any, ...]) -> Child:
-    """Start `argv` in a session of its own, the child doing `first` before all else; raise
+def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, ends: Ends, nofile: int,
+          first: tuple[Any, ...]) -> int:
+    """Start `argv` in a session of its own, the child doing `first` before all else, and return its pid; raise
     `RequestError(spawn_failed)` with a sentence if it cannot be.
 
-    The child's ends of the pipes are closed in any case, ours stay open."""
+    The child's ends are closed in any case, ours stay open."""
     try:
-        with _low(pipes.theirs) as actions:
-            pid = _in_directory(cwd, argv, environment, [first, *actions], nofile)
+        with nullcontext(_on_terminal(ends.tty)) if ends.tty else _low(ends.theirs) as actions:
+            return _in_directory(cwd, argv, environment, [first, *actions], nofile)
     except OSError as e:
         raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
     finally:
-        _close(pipes.theirs.values())
-    return Child(pid, *pipes.ours)
+        _close(ends.theirs.values())
 
 
 def _close(fds: Iterable[int]) -> None:
@@ -123,14 +121,27 @@ def _close(fds: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _pipes(stdin: bool, opened: list[int]) -> Pipes:
-    ours, theirs = [-1, -1, -1], {}
-    for number in range(0 if stdin else 1, 3):
-        read, write = os.pipe()
-        opened += (read, write)
-        ours[number], theirs[number] = (write, read) if number == 0 else (read, write)
-        os.set_blocking(ours[number], False)
-    return Pipes((ours[0], ours[1], ours[2]), theirs)
+def _pipes(stdin: bool, opened: list[int]) -> Ends:
+    ours, theirs = {}, {}
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if number or stdin:
+            read, write = os.pipe()
+            opened += (read, write)
+            ours[name], theirs[number] = (write, read) if number == 0 else (read, write)
+            os.set_blocking(ours[name], False)
+    return Ends(ours, theirs, "")
+
+
+def _terminal(opened: list[int], rows: int, cols: int) -> Ends:
+    ours, slave = terminal.make(rows, cols)
+    opened += (slave, *ours.values())
+    return Ends(ours, {0: slave}, os.ttyname(slave))
+
+
+def _on_terminal(path: str) -> list[tuple[Any, ...]]:
+    """Return what a child does to have a terminal. It leads a session by then, so that the first one that it opens
+    becomes its controlling terminal; the slave that we hold keeps the terminal open until it has."""
+    return [(os.POSIX_SPAWN_OPEN, 0, path, os.O_RDWR, 0), *((os.POSIX_SPAWN_DUP2, 0, number) for number in (1, 2))]
 
 
 _reserved: list[int] = []  # three low descriptors on /dev/null

@@ -1,6 +1,6 @@
-"""One attempt of an agent while its process exists: its output pipes, its timers, what is left to do when it ends.
+"""One attempt of an agent while its process exists: its output, its timers, what is left to do when it ends.
 
-Owns:    our ends of the output pipes.
+Owns:    our ends of the output pipes, or of the terminal, which has one stream, stdout.
 Runs in: the core's thread; nothing here blocks, and no agent can make it.
 Unaware: of statuses and of who asked. It reports what happened through `Desk`.
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import fcntl
 import os
-from typing import Callable, Protocol
+from typing import Callable, Mapping, Protocol
 
+from . import tree
 from .counters import Counters
 from .feed import Feed
 from .output import OutputLog, OutputRead
-from .process import Child, Ended
+from .process import Ended
 from .reactor import READ, Reactor, Timer, Watch
 from .stdin import Stdin
+from .terminal import Terminal
 
 PIPE_BYTES, WIDE_BYTES = 64 * 1024, 256 * 1024  # what a pipe holds, and what one that was full is made to hold
 F_SETPIPE_SZ = 1031  # fcntl has it from Python 3.10 on
@@ -41,15 +43,21 @@ class Desk(Protocol):
 
 
 class Run:
-    """See the module."""
+    """See the module. `ends` are what `process.ends` made, or what a core before us has left of it."""
 
     __slots__ = ("_agent_id", "_desk", "_fds", "_shown", "_watches", "_wide",
-                 "ended", "inodes", "leaked", "ladder", "limit", "output", "pidfd", "stdin", "trouble")
+                 "ended", "leaked", "ladder", "limit", "output", "pidfd", "shared", "stdin", "terminal", "trouble")
 
-    def __init__(self, agent_id: str, child: Child, output: OutputLog, stdin: Stdin, desk: Desk) -> None:
+    def __init__(self, agent_id: str, ends: Mapping[str, int], terminal: Terminal | None, output: OutputLog,
+                 stdin: Stdin, desk: Desk) -> None:
         self._agent_id, self._desk, self.output, self.stdin = agent_id, desk, output, stdin
-        self._fds = {name: fd for name, fd in zip(STREAMS, (child.stdout, child.stderr)) if fd >= 0}
-        self.inodes = frozenset(os.fstat(fd).st_ino for fd in child[1:] if fd >= 0)  # of the pipes, both ends alike
+        self.terminal = terminal
+        self._fds = {name: ends[name] for name in STREAMS if name in ends}
+        shared = [ends[name] for name in ("stdin", *STREAMS) if name in ends]
+        if terminal is not None:
+            self._fds, shared = {"stdout": terminal.master}, [terminal.slave]
+        #: what its processes hold and nobody else does
+        self.shared = {tree.identity(os.fstat(fd)) for fd in shared if fd >= 0}
         self._wide: set[str] = set()         # streams whose pipe was made larger
         self._watches = {name: desk.reactor.watch(fd, READ, self._reader(name), bulk=True)
                          for name, fd in self._fds.items()}
@@ -60,6 +68,8 @@ class Run:
         self.leaked: dict[int, str] = {}     # pid -> command of what had to be killed
         self.pidfd: Watch | None = None      # where nobody of ours is the leader's parent
         self.trouble = ""
+        if terminal is not None and terminal.waiting:  # left in the relay, which wakes nobody
+            self._capture("stdout")
 
     # ------------------------------------------------------------ output
 
@@ -69,13 +79,14 @@ class Run:
     def _capture(self, name: str) -> bool:
         """Move one chunk from the pipe to the file; return whether there may be more."""
         try:
-            moved = self.output.capture(name, self._fds[name])
+            moved = (self.output.capture(name, self._fds[name]) if self.terminal is None
+                     else self.terminal.capture(self.output))
         except BlockingIOError:
             return False
         if moved == 0:
             self._end_of(name)
             return False
-        if moved >= PIPE_BYTES and name not in self._wide:
+        if moved >= PIPE_BYTES and name not in self._wide and self.terminal is None:
             self._widen(name)
         self._desk.counters.add("bytes_captured", moved)
         if self.output.trouble and not self.trouble:
@@ -115,7 +126,12 @@ class Run:
     def _end_of(self, name: str) -> None:
         """The stream is over: tell what was held back, and that nothing follows."""
         self._desk.reactor.unwatch(self._watches.pop(name))
-        os.close(self._fds.pop(name))  # the keeper's copy of a read end can stay: it does not delay anybody's EOF
+        fd = self._fds.pop(name)  # the keeper's copy of a read end can stay: it does not delay anybody's EOF
+        if self.terminal is None:
+            os.close(fd)
+        else:
+            self.stdin.abandon()
+            self.terminal.close()
         end = self.output.span(name)[1]
         if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
             start = self._shown[name] if end - 4 < self._shown[name] <= end else end
@@ -131,14 +147,26 @@ class Run:
 
     def descriptors(self) -> dict[str, int]:
         """Return what a keeper has to hold for the next core."""
-        return {**self._fds, **self.stdin.descriptors()}
+        output = self._fds if self.terminal is None else self.terminal.descriptors()
+        return {**output, **self.stdin.descriptors()}
+
+    def let_go(self) -> None:
+        """Close our ends of everything, as they are; a successor has copies of them."""
+        self.stdin.let_go()
+        if self.terminal is not None:
+            self.terminal.close()
+        else:
+            for fd in self._fds.values():
+                os.close(fd)
 
     def is_open(self, name: str) -> bool:
         """Whether more output of this stream may come."""
         return name in self._fds
 
     def drain(self) -> bool:
-        """Take over what the pipes hold now; return whether both streams have ended."""
+        """Take over what the pipes hold, now that the leader has ended; return whether both streams have."""
+        if self.terminal is not None:
+            self.terminal.leave()
         for name in list(self._fds):
             for _ in range(DRAIN_CHUNKS):
                 if not self._capture(name):

@@ -1,6 +1,7 @@
 """What goes to an agent's stdin: accepted once, durable, written once.
 
-Owns:    the pipe's write end, and the file in which what was accepted waits for the agent to read.
+Owns:    the pipe's write end, or a descriptor of the terminal, and the file in which what was accepted waits for the
+         agent to read.
 Runs in: the core's thread; nothing here blocks, and no agent can make it.
 Unaware: of requests. `Desk` says when what is in the file is also in the registry.
 
@@ -14,6 +15,9 @@ recording then, or the other way round, is wrong whenever death comes in between
 
 A page that was sent is shared with the pipe, so a file is never overwritten or cut short: when it
 has grown and everything is written, the next write begins a new one.
+
+A terminal has no end that could be closed: there its end-of-file character is written like everything
+else, and more can follow.
 """
 from __future__ import annotations
 
@@ -26,11 +30,15 @@ import termios
 from typing import Callable, Protocol
 
 from ..errors import RequestError
+from . import terminal
 from .agent import Agent
 from .reactor import WRITE, Reactor, Watch
 
 PIECE = 256 * 1024
 F_GETPIPE_SZ, PIPE_BYTES = 1032, 64 * 1024  # fcntl has the first from Python 3.10 on
+TERMINAL_BYTES = 4096   # about what a terminal takes before anybody reads (N_TTY_BUF_SIZE); it does not tell
+#: sendfile does not work with this descriptor, and never will
+_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 ROTATE_BYTES = 4 * 1024 * 1024  # of a file that was written out, before the next write begins a new one
 
 
@@ -60,7 +68,8 @@ class Desk(Protocol):
 
 
 class Stdin:
-    """The stdin of one attempt. `file` is the open file that a core before us has left, -1 if there is none.
+    """The stdin of one attempt. `pipe` may also be a terminal's master; it becomes ours. `file` is the open file that a
+    core before us has left, -1 if there is none.
 
     Durable in the agent's record: `stdin_file`, the number of the file; `stdin_end`, how much of it was
     accepted; `stdin_closing`, whether it is to be closed after that."""
@@ -88,10 +97,25 @@ class Stdin:
 
     def descriptors(self) -> dict[str, int]:
         """Return what a keeper has to hold for the next core."""
-        return {"stdin": self._pipe, f"stdin.{self._agent.stdin_file}": self._file}
+        pipe = {} if self._terminal else {"stdin": self._pipe}
+        return {**pipe, f"stdin.{self._agent.stdin_file}": self._file}
 
-    def write(self, data: bytes) -> int:
-        """Accept all of `data` or nothing; return how much then waits because the pipe is full."""
+    @property
+    def _terminal(self) -> bool:
+        return self._agent.stdin == "pty"
+
+    def write(self, data: bytes, eof: bool = False) -> int:
+        """Accept all of `data` or nothing, with `eof` also the end of it; return how much then waits because the pipe
+        is full."""
+        if eof and self.open and self._terminal:
+            data += terminal.end_of_file(self._pipe, data or self._last_byte())
+            eof = False
+        waiting = self._accept(data)
+        if eof:
+            self.close()
+        return waiting
+
+    def _accept(self, data: bytes) -> int:
         if not self.open:
             raise RequestError("the agent's stdin is closed", "stdin_closed")
         if _reader_is_gone(self._pipe):
@@ -107,8 +131,15 @@ class Stdin:
             self._pump_later()
         return max(0, self._waiting - self._room())
 
+    def _last_byte(self) -> bytes:
+        """The last that was accepted, if anything was."""
+        end = self._agent.stdin_end
+        return os.pread(self._file, 1, end - 1) if self._file >= 0 and end else b""
+
     def _room(self) -> int:
         """How many bytes the pipe takes before the agent reads."""
+        if self._terminal:
+            return TERMINAL_BYTES if self._watch is None else 0
         try:
             holds = fcntl.fcntl(self._pipe, F_GETPIPE_SZ)
         except OSError:  # macOS
@@ -142,9 +173,12 @@ class Stdin:
         self._desk.hold(agent.id, f"stdin.{agent.stdin_file}", file)
 
     def close(self) -> None:
-        """Close after what waits has been written."""
+        """Close after what waits has been written; a terminal gets its end-of-file character."""
         if not self.open:
             raise RequestError("the agent's stdin is closed already", "stdin_closed")
+        if self._terminal:
+            self.write(b"", eof=True)
+            return
         self._agent.stdin_closing = True
         self._desk.save(self._agent)
         self._pump_later()
@@ -163,7 +197,7 @@ class Stdin:
             return
         try:
             while self._waiting:
-                os.sendfile(self._pipe, self._file, None, min(self._waiting, PIECE))
+                _move(self._file, self._pipe, min(self._waiting, PIECE))
         except BlockingIOError:
             if self._watch is None:
                 self._watch = self._desk.reactor.watch(self._pipe, WRITE, self._pump)
@@ -193,6 +227,12 @@ class Stdin:
             self._desk.release(self._agent.id, ["stdin"])
         self._drop_file()
 
+    def let_go(self) -> None:
+        """Close our descriptors and leave everything as it is; a successor has copies of them."""
+        for fd in (self._pipe, self._file):
+            if fd >= 0:
+                os.close(fd)
+
     def _drop_file(self) -> None:
         if self._file >= 0:
             name = f"stdin.{self._agent.stdin_file}"
@@ -203,6 +243,17 @@ class Stdin:
                 os.unlink(os.path.join(self._desk.directory(self._agent.id), name))
             except OSError:
                 pass
+
+
+def _move(file: int, pipe: int, most: int) -> None:
+    """Write from a file what its position says, and move the position as far as the pipe took it."""
+    try:
+        os.sendfile(pipe, file, None, most)
+    except OSError as e:
+        if e.errno not in _NO_SENDFILE:
+            raise
+        at = os.lseek(file, 0, os.SEEK_CUR)  # from here to the end a death of ours would repeat what was written
+        os.lseek(file, at + os.write(pipe, os.pread(file, most, at)), os.SEEK_SET)
 
 
 def _reader_is_gone(pipe: int) -> bool:

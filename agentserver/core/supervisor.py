@@ -28,7 +28,8 @@ from .reactor import Reactor
 from .registry import Ask, Registry
 from .run import Run
 from .stdin import Stdin
-from .takeover import NAMES, Keeper
+from .takeover import Keeper
+from .terminal import Terminal
 from .witness import Witness
 
 SERVER = Ask("server")
@@ -112,6 +113,7 @@ class Supervisor:
         record = new_record(
             name=config.name, model_backend=config.model_backend, task=config.task, command=launch.argv,
             cwd=os.path.abspath(os.path.join(self.config.agent_dir, config.cwd or "")), stdin=launch.stdin,
+            pty=launch.pty,
             grace_secs=self.config.grace_secs if config.grace_secs is None else config.grace_secs,
             runtime_secs=limits or self.config.runtime_secs, labels=config.labels, metadata=metadata,
             created_at=time.time(), boot=self.boot)
@@ -160,29 +162,35 @@ class Supervisor:
         directory = self.directory(agent.id)
         _write_files(directory, launch.files)
         environment = {**launch.environment_in(directory), tree.MARK: agent.id}
-        pipes = process.pipes(launch.stdin == "pipe")
-        self._keeper.hold(agent.id, dict(zip(NAMES, pipes.ours)))  # before the fork: now our death costs nothing
+        ends = process.ends(agent.stdin, agent.pty)
+        self._keeper.hold(agent.id, ends.ours)  # before the fork: now our death costs nothing
         try:
-            child = process.spawn(launch.argv, environment, agent.cwd, pipes, self._nofile, self._witness.action)
+            pid = process.spawn(launch.argv, environment, agent.cwd, ends, self._nofile, self._witness.action)
         except BaseException:
-            pipes.close()
+            ends.close()
             self._keeper.release(agent.id, [])
             raise
-        tree.unshield(child.pid)
-        seen = tree.look(child.pid)
-        agent.pid, agent.start, agent.adopted = child.pid, seen.start if seen else None, False
-        self._keeper.hold_pid(agent.id, child.pid, agent.start)
+        tree.unshield(pid)
+        seen = tree.look(pid)
+        agent.pid, agent.start, agent.adopted = pid, seen.start if seen else None, False
+        self._keeper.hold_pid(agent.id, pid, agent.start)
         agent.started_at, agent.began = time.time(), self.reactor.clock()
         agent.ending, agent.signalled, agent.stdin_closing = None, {}, False
-        self.attend(agent, child)
+        self.attend(agent, ends.ours)
 
-    def attend(self, agent: Agent, child: process.Child, stdin_file: int = -1) -> None:
+    def attend(self, agent: Agent, ends: Mapping[str, int], stdin_file: int = -1) -> None:
         """Watch over a leader that runs, from its start or from where a core before us had to leave it."""
-        agent.run = Run(agent.id, child, agent.output, Stdin(agent, child.stdin, self, stdin_file), self)
+        agent.run = self.run(agent, ends, stdin_file)
         self.family.add(agent)
         if agent.runtime_secs:
             agent.run.limit = self.reactor.at(agent.began + agent.runtime_secs,
                                               lambda: self._limit(agent, "runtime_secs"))
+
+    def run(self, agent: Agent, ends: Mapping[str, int], stdin_file: int) -> Run:
+        """Return an attempt by our ends of its pipes, or of its terminal."""
+        terminal = Terminal(ends) if "pty" in ends else None
+        stdin = Stdin(agent, terminal.typing() if terminal else ends.get("stdin", -1), self, stdin_file)
+        return Run(agent.id, ends, terminal, agent.output, stdin, self)
 
     def started(self, agent: Agent) -> None:
         """Enter and tell that an attempt has begun; without a pid that is all that is known of it."""
@@ -248,7 +256,8 @@ class Supervisor:
         """Start an attempt of an agent that is known; if it cannot be, the record says so, and `RequestError`."""
         try:
             launch = self._plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
-            agent.command = launch.argv
+            agent.command, agent.stdin = launch.argv, launch.stdin
+            agent.pty = launch.pty and (agent.pty or launch.pty)  # it keeps the size that somebody gave it
             self.save(agent)
             self._start(agent, launch, ask)
         except RequestError as e:
@@ -293,9 +302,23 @@ class Supervisor:
                 self.ending.name(agent)
             self.family.signal(agent, number)
 
-    def _changed(self, agent: Agent, message: str) -> None:
+    def resize(self, agent: Agent, rows: int, cols: int) -> None:
+        """Give an agent's terminal another size, and to its next attempt's too; the kernel sends it SIGWINCH."""
+        if agent.stdin != "pty":
+            raise RequestError(f"{agent.label()} does not run on a terminal (stdin is {agent.stdin}); spawn it with "
+                               "stdin=pty", "invalid_state")
+        terminal = self.running(agent, "resized").terminal
+        if terminal is None or not terminal.resize(rows, cols):
+            raise RequestError(f"the terminal of {agent.label()} is gone", "invalid_state")
+        size = {"rows": rows, "cols": cols}
+        if size != agent.pty:
+            agent.pty = size
+            agent.changed()
+            self._changed(agent, f"its terminal has {rows} rows and {cols} columns now", {"pty": size})
+
+    def _changed(self, agent: Agent, message: str, data: Json | None = None) -> None:
         self.save(agent)
-        self.feed.agent_event(agent.id, "status_changed", agent.status, message)
+        self.feed.agent_event(agent.id, "status_changed", agent.status, message, data)
 
     def remove(self, agent: Agent) -> None:
         """Forget a finished agent and its output."""
@@ -386,9 +409,7 @@ class Supervisor:
         """Close our ends of everything; a successor has copies of them."""
         for agent in self.agents.values():
             if agent.run is not None:
-                for fd in agent.run.descriptors().values():
-                    if fd >= 0:
-                        os.close(fd)
+                agent.run.let_go()
 
     def hold_all(self) -> None:
         """Give a new keeper copies of everything."""

@@ -14,7 +14,7 @@ import os
 import time
 from typing import Any, Mapping, NamedTuple
 
-from . import tree
+from . import terminal, tree
 from .agent import Agent
 from .channel import Channel, Json
 from .lifecycle import INITIALIZING
@@ -22,7 +22,7 @@ from .pidfd import open_pidfd
 from .process import Ended
 from .witness import Witness
 
-NAMES = ("stdin", "stdout", "stderr")
+NAMES = ("stdin", "stdout", "stderr", *terminal.HELD)
 BEGIN_SECS = 1.0  # at most, between the fork of a child and its first deed
 
 
@@ -48,12 +48,13 @@ class Inheritance(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `seen`: it runs; else its end is
-    known or will be told. `pidfd`: the keeper held one, as the leader's parent was a core whose own parent had died."""
+    """What is there of an agent. `pid` 0: never started; -1: it has ended, unseen. `ends` are ours of its pipes, or of
+    its terminal, by name. `seen`: it runs; else its end is known or will be told. `pidfd`: the keeper held one, as the
+    leader's parent was a core whose own parent had died."""
 
     pid: int
     start: int | None
-    fds: tuple[int, int, int]
+    ends: dict[str, int]
     stdin_file: int
     ended: Ended | None
     seen: bool
@@ -132,26 +133,28 @@ class TakeOver:
             for fd in (held or {}).values():  # of another boot there is nothing but by a mistake of the store's
                 os.close(fd)
             return None
-        fds = (held.get("stdin", -1), held.get("stdout", -1), held.get("stderr", -1))
-        file, pidfd = held.get(f"stdin.{agent.stdin_file}", -1), held.get("pid", -1)
-        for name in set(held) - {*NAMES, f"stdin.{agent.stdin_file}", "pid"}:
+        file, pidfd = held.pop(f"stdin.{agent.stdin_file}", -1), held.pop("pid", -1)
+        for name in set(held) - set(NAMES):
             os.close(held.pop(name))  # of a file that the registry never heard of, or that is written out
         pid, start = agent.pid, agent.start
         if pid is None:
             if self._witness.before == agent.id:
-                for fd in held.values():
-                    os.close(fd)
-                return Found(0, None, (-1, -1, -1), -1, None, False)
+                for fd in (*held.values(), file):
+                    if fd >= 0:
+                        os.close(fd)
+                return Found(0, None, {}, -1, None, False)
             leader = self._leader(agent)
             if leader is None:
-                return Found(-1, None, fds, file, None, False)
+                if pidfd >= 0:
+                    os.close(pidfd)
+                return Found(-1, None, held, file, None, False)
             pid, start = leader
         told = self._left.ends.get(pid)
         if told is not None and told.start in (start, 0):
             del self._left.ends[pid]
-            return Found(pid, start, fds, file, told.ended, False, pidfd)
+            return Found(pid, start, held, file, told.ended, False, pidfd)
         proc = tree.look(pid)
-        return Found(pid, start, fds, file, None, proc is not None and proc.start == start, pidfd)
+        return Found(pid, start, held, file, None, proc is not None and proc.start == start, pidfd)
 
     def _leader(self, agent: Agent) -> tuple[int, int] | None:
         """Find the leader of an agent that was being started: its pid was not on disk yet. It runs with the agent's

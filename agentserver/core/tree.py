@@ -153,17 +153,29 @@ def mark_of(pid: int) -> str:
     return block[at + len(_MARK):].split(b"\0", 1)[0].decode("ascii", "replace")
 
 
-def pipes_of(pid: int) -> set[int]:
-    """Return the inodes of the pipes that a process holds."""
+def held_by(pid: int) -> set[tuple[int, int]]:
+    """Return the pipes and the slaves of terminals that a process holds, each as `identity` calls it. (All masters look
+    alike: they are /dev/ptmx.) Nothing else is looked at closely: a file may be on a disk that does not answer."""
     found = set()
     try:
         for fd in os.listdir(f"{_PROC}/{pid}/fd"):
-            kind, _, inode = os.readlink(f"{_PROC}/{pid}/fd/{fd}").partition(":[")
-            if kind == "pipe":
-                found.add(int(inode[:-1]))
+            path = f"{_PROC}/{pid}/fd/{fd}"
+            if os.readlink(path).startswith(("pipe:", "/dev/pts/")):
+                found.add(identity(os.stat(path)))
     except OSError:  # gone, or not ours to look into
         pass
     return found
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells a pipe, or a terminal, from all others; both ends of a pipe have the same."""
+    return status.st_dev, status.st_ino
+
+
+def ignores(pid: int, number: int) -> bool:
+    """Whether a process ignores a signal."""
+    mask = _read(f"{_PROC}/{pid}/status", 4096).partition(b"\nSigIgn:")[2].split(None, 1)
+    return bool(mask) and bool(int(mask[0], 16) >> (number - 1) & 1)
 
 
 def unshield(pid: int) -> None:
