@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from support import MAIN, Server, serve, wait_until
-from wire import LineWire
+from wire import LineWire, new_id
 
 from agentserver.core.counters import Counters
 from agentserver.core.framing import PREFACE, frame
@@ -107,6 +107,19 @@ def test_nothing_is_started_that_cannot_be_remembered(server: Server) -> None:
             assert wire.ok("health_check_request")["active_agents"] == 0
         assert wire.info(ended)["exit"]["reason"] == "not_started"
         wire.ended(wire.spawn("exit_with", 0))
+
+
+def test_what_was_done_while_the_registry_refused_is_not_done_again(server: Server) -> None:
+    """Nobody is told before it is on disk; who asks again then gets the reply, not a second deed."""
+    with LineWire(server.socket_path) as wire:
+        ended = wire.spawn("exit_with", 0)
+        wire.ended(ended)
+    request = {"type": "control_command", "request_id": new_id(), "agent_id": ended, "command_type": "remove"}
+    with locked(server):
+        for _ in range(3):
+            with pytest.raises((OSError, EOFError, ValueError)):
+                server.ask(request)
+    assert server.ask(request)["data"] == {"removed": True} == server.ask(request)["data"]
 
 
 def test_a_writer_from_outside_does_not_stop_the_core(server: Server) -> None:

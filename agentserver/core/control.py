@@ -110,6 +110,7 @@ class Control:
                 raise RequestError("this request_id was used for another request; give each request one of its own",
                                    "request_id_conflict")
             if before.reply is not None:
+                self.remembers = self.remembers or not before.durable
                 return before.reply
             ask = ask._replace(begun=before.begun)
         try:

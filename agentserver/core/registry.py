@@ -52,11 +52,13 @@ class Ask(NamedTuple):
 
 
 class Remembered(NamedTuple):
-    """A request that was seen before: the digest of its content, the reply if it got one, else where it was begun."""
+    """A request that was seen before: the digest of its content, the reply if it got one, else where it was begun.
+    What is not `durable` waits for a disk that refuses; its reply must not leave before."""
 
     digest: bytes
     reply: bytes | None
-    begun: frozenset[str]
+    begun: frozenset[str] = frozenset()
+    durable: bool = True
 
 
 class Registry:
@@ -66,6 +68,7 @@ class Registry:
         self._say, self._now = say, now
         self._queue: list[tuple[str, tuple[Any, ...]]] = []
         self._written = False   # since the last checkpoint
+        self._fresh: dict[str, Remembered] = {}  # by request id, of what is in the queue
         self._unsettled: set[str] = set()  # request ids of which something was begun, until they are settled
         #: why the last commit failed, or ""
         self.trouble = ""
@@ -132,6 +135,7 @@ class Registry:
             self.trouble = str(e)
             return False
         self._queue.clear()
+        self._fresh.clear()
         self._written = True
         if self.trouble:
             self._say("the registry can be written again")
@@ -227,10 +231,13 @@ class Registry:
         """Remember the reply to a request that did something. `agent_id`: keep it as long as that agent."""
         self._write("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?)", _key(ask.request_id), self._now(),
                     ask.digest, agent_id, reply)
+        self._fresh[ask.request_id] = Remembered(ask.digest, reply, durable=False)
         self.settle(ask.request_id)
 
     def recall(self, request_id: str) -> Remembered | None:
         """Return what was remembered of a request, or of its beginning."""
+        if request_id in self._fresh and not self.commit():
+            return self._fresh[request_id]
         rows = self._rows("SELECT digest, reply, NULL FROM requests WHERE request_id = ?1 UNION ALL "
                           "SELECT digest, NULL, agent_id FROM begun WHERE request_id = ?1", _key(request_id))
         if not rows:
