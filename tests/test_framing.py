@@ -73,24 +73,7 @@ def test_a_line_without_end_is_answered_once_and_costs_no_memory() -> None:
     decoder = LineDecoder(LIMIT)
     answers = [message for _ in range(1000) for message in decoder.feed(b"x" * 1000)]
     assert answers == [TOO_LARGE]
-    assert decoder.rest() == b""
     assert decoder.feed(b"still the same line\nnext\n") == [b"next"]
-
-
-def test_the_rest_is_handed_over_when_the_framing_changes() -> None:
-    first = frame(1, b"hello", b"")
-    for pieces in splits(PREFACE + first, random.Random(2), 50):
-        lines, frames = LineDecoder(1000), FrameDecoder(1000)
-        found: list[tuple[int, bytes, bytes]] = []
-        greeted = False
-        for piece in pieces:
-            if greeted:
-                found += frames.feed(piece)
-            elif PREFACE[:-1] in lines.feed(piece):
-                greeted = True
-                found += frames.feed(lines.rest())
-        assert found == [(1, b"hello", b"")]
-        assert lines.rest() == b""
 
 
 def test_the_preface_is_one_line() -> None:

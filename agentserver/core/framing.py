@@ -68,13 +68,6 @@ class LineDecoder:
             self._scanned = 0
         return found
 
-    def rest(self) -> bytes:
-        """Hand over what no line has claimed yet, when the connection changes its framing."""
-        rest = bytes(self._buffer)
-        self._buffer.clear()
-        self._scanned = 0
-        return rest
-
 
 class FrameDecoder:
     """Cut `(tag, header, body)` from a stream; raise `FramingError` for sizes over the limits."""
