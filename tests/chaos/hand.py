@@ -31,12 +31,14 @@ PART_OF = {"keeper": b"serve", "core": b"_core", "shell": b"_shell"}
 class Part:
     """A process of the server, held by pidfd so that it cannot become another."""
 
-    def __init__(self, pid: int, fd: int) -> None:
-        self.pid, self._fd = pid, fd
+    def __init__(self, pid: int, fd: int, name: str, state_dir: Path) -> None:
+        self.pid, self._fd, self._name, self._state_dir = pid, fd, name, state_dir
 
     def send(self, number: int) -> bool:
-        """Signal it, if it is still there."""
+        """Signal it, if it is still there and still what it was."""
         try:
+            if not _is(self.pid, self._name, self._state_dir):
+                return False
             signal.pidfd_send_signal(self._fd, number)
         except ProcessLookupError:
             return False
@@ -54,13 +56,13 @@ def find(name: str, state_dir: Path, keeper: int) -> Optional[Part]:
             fd = os.pidfd_open(pid)
         except OSError:
             continue
-        if _is(pid, PART_OF[name], state_dir):
-            return Part(pid, fd)
+        if _is(pid, name, state_dir):
+            return Part(pid, fd, name, state_dir)
         os.close(fd)
     if name != "keeper":  # of a keeper that died
         for pid in alive_with(MARK, str(state_dir)):
-            if _is(pid, PART_OF[name], state_dir):
-                return Part(pid, os.pidfd_open(pid))
+            if _is(pid, name, state_dir):
+                return Part(pid, os.pidfd_open(pid), name, state_dir)
     return None
 
 
@@ -71,8 +73,13 @@ def _children(pid: int) -> List[int]:
         return []
 
 
-def _is(pid: int, word: bytes, state_dir: Path) -> bool:
+def _is(pid: int, name: str, state_dir: Path) -> bool:
+    """Whether a process is that part: by its words, its mark, and the channel that a keeper gives its parts. A child of
+    the core that has not become an agent yet has the core's words and mark, but gives up the channel first."""
+    word = PART_OF[name]
     try:
+        if name != "keeper" and not os.readlink(f"/proc/{pid}/fd/0").startswith("socket:"):
+            return False
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return word in argv[-2:-1] + argv[2:3] and f"{MARK}={state_dir}".encode() in Path(
             f"/proc/{pid}/environ").read_bytes().split(b"\0")
