@@ -331,13 +331,17 @@ class Agent:
         return str(self.client.command(self.id, "get_status")["status"])
 
     def write(self, data: Union[str, bytes], *, eof: bool = False) -> int:
-        """Write to stdin, all or nothing, and close it after that with `eof`; return the number of bytes."""
+        """Write to stdin, all or nothing, with `eof` as if `close_stdin` followed; return the number of bytes."""
         text, encoding = wire_text(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
         return int(self._do("write_stdin", data=text, encoding=encoding, eof=eof or None).get("bytes_written") or 0)
 
     def close_stdin(self) -> None:
-        """Close stdin once everything written has been passed on."""
+        """Close stdin once everything written has been passed on; a terminal gets its end-of-file character instead."""
         self._do("close_stdin")
+
+    def resize(self, rows: int, cols: int) -> Json:
+        """Give its terminal another size; the program is told by SIGWINCH."""
+        return self._do("resize", rows=rows, cols=cols)
 
     def read(self, stream: str = "stdout", offset: Optional[int] = None, max_bytes: int = 65536,
              times: bool = False) -> Chunk:

@@ -7,6 +7,7 @@ Unaware: of how a command is made (test_cli_units.py).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
@@ -298,7 +299,6 @@ def test_logs_follow_until_the_end(either: Cli) -> None:
 
 
 def test_logs_follow_a_flood_completely(either: Cli, tmp_path: Path) -> None:
-    import hashlib
     ref = either.spawn("lines", "60000", "0", str(tmp_path / "sums"))
     with running(either.start("logs", "-f", ref)) as process:
         code, out, error = ended(process)
@@ -590,6 +590,24 @@ def test_version_and_help(cli: Cli) -> None:
                     "restart", "rm", "signal", "wait", "events", "health", "stats", "reload", "shutdown",
                     "doctor"):
         assert command in text, command
+
+
+# ---------------------------------------------------------------- agents on a terminal of their own
+
+def test_run_with_a_terminal(either: Cli) -> None:
+    out, _ = either.run("run", "--pty", "5x7", "--", "sh", "-c", "stty size; cat", stdin=b"typed\n")
+    assert "5 7\r\n" in out and out.count("typed\r\n") == 2, "what is typed is shown, and then comes back"
+
+
+def test_send_to_a_terminal_presses_return(cli: Cli) -> None:
+    ref = cli.run("spawn", "--stdin", "pty", "--", *agent("raw"))[0].strip()
+    with LineWire(cli.server.socket_path) as wire:
+        wire.until_output(ref, b"ready\n")
+    assert "24 rows, 80 columns" in cli.run("info", ref)[0] and "is a terminal" in cli.run("why", ref)[0]
+    cli.run("send", ref, "some", "words")
+    cli.run("send", ref, "--eof")
+    cli.run("wait", ref)
+    assert cli.run("logs", ref)[0].split() == ["ready", "11", hashlib.sha256(b"some words\r").hexdigest()]
 
 
 # ---------------------------------------------------------------- on a terminal

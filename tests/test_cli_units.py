@@ -181,6 +181,13 @@ def test_no_durations(text: str) -> None:
         values.seconds(text)
 
 
+def test_terminal_sizes() -> None:
+    assert values.terminal_size("24x80") == values.terminal_size("24X80") == {"rows": 24, "cols": 80}
+    for text in ("", "24", "x80", "24x", "24x80x2", "-1x80", "24 x 80", "٣x80"):
+        with pytest.raises(Exception, match="is not ROWSxCOLS"):
+            values.terminal_size(text)
+
+
 def test_a_moment_is_a_time_or_an_age() -> None:
     assert values.moment("2026-01-31T12:00:00Z") == "2026-01-31T12:00:00.000000Z"
     assert values.moment("2026-01-31T13:00:00+01:00") == "2026-01-31T12:00:00.000000Z"
@@ -201,6 +208,8 @@ def test_flags_become_a_config() -> None:
         "name": "n", "environment": {"A": "1", "B": "x=y"}, "labels": {"l": "v"}, "stdin": "null",
         "limits": {"runtime_secs": 60.0}, "grace_secs": 2.0, "cwd": os.path.abspath("sub")}
     assert described(given, local=False)["cwd"] == "sub"
+    sized = options.parse(["run", "--pty", "5x7", "--", "x"])
+    assert described(sized, local=False) == {"pty": {"rows": 5, "cols": 7}}
     bare = options.parse(["spawn", "--", "x"])
     assert described(bare, local=True) == {"cwd": os.getcwd()}
     assert described(bare, local=False) == {}

@@ -109,7 +109,7 @@ def _facts(info: AgentInfo, now: float) -> Iterator[tuple[str, str]]:
     yield "directory", info.cwd
     yield "process", str(info.pid or "-")
     yield "attempt", str(info.attempt)
-    yield "stdin", info.stdin
+    yield "stdin", info.stdin + (f" of {info.pty['rows']} rows, {info.pty['cols']} columns" if info.pty else "")
     for name, stamp in (("created", info.created_at), ("started", info.started_at), ("paused", info.paused_at),
                         ("finished", info.finished_at)):
         if stamp:

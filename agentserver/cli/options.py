@@ -173,7 +173,8 @@ def _describing(parser: Parser) -> None:
     add("--env", metavar="K[=V]", type=values.variable, action="append", default=[],
         help="set a variable, or with K alone pass mine; as often as needed")
     add("--cwd", metavar="DIR", help="where it runs (default: here, if the server is local)")
-    add("--stdin", choices=("null", "pipe"), help="whether it can be written to")
+    add("--stdin", choices=("null", "pipe", "pty"), help="whether it can be written to; pty: it runs on a terminal")
+    add("--pty", metavar="ROWSxCOLS", type=values.terminal_size, help="it runs on a terminal of this size, such as 24x80")
     _labels(parser, "a label to select by; as often as needed")
     add("--grace-secs", metavar="SECS", type=values.seconds, help="time between SIGTERM and SIGKILL when it is stopped")
     add("--runtime-secs", metavar="SECS", type=values.seconds, help="end it after so long")
@@ -202,7 +203,7 @@ def _reading(commands: Any) -> None:
 
 def _talking(commands: Any) -> None:
     send = _add(commands, "send", SENT, "write TEXT as one line to an agent's stdin, or with - my own stdin as it is")
-    _flag(send, "--eof", help="close its stdin afterwards")
+    _flag(send, "--eof", help="close its stdin afterwards; at a terminal, type the end of file")
 
 
 def _controlling(commands: Any) -> None:

@@ -176,6 +176,6 @@ def _output(info: AgentInfo) -> list[str]:
     wrote = [f"{size(span.end_offset)} to {stream}" for stream, span in sorted(info.output.items(), reverse=True)
              if span.end_offset]
     told = [f"It has written {' and '.join(wrote)}." if wrote else "It has written nothing yet."]
-    if info.stdin == "pipe" and not info.finished:
-        told.append("Its stdin is a pipe: `send` writes to it.")
+    if info.stdin in ("pipe", "pty") and not info.finished:
+        told.append(f"Its stdin is a {'pipe' if info.stdin == 'pipe' else 'terminal'}: `send` writes to it.")
     return told

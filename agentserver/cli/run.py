@@ -64,7 +64,7 @@ def _again(client: AgentClient, given: Namespace) -> AgentClient:
 def _accompany(client: AgentClient, given: Namespace, info: AgentInfo, limit: float | None) -> AgentInfo:
     """Show the output while stdin goes the other way; return the agent when it has ended."""
     pump = None
-    if info.stdin == "pipe":
+    if info.stdin != "null":
         from .stdin import Pump, ignore_background_reads
         ignore_background_reads()
         pump = Pump(lambda: _again(client, given), info.id)

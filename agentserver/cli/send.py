@@ -28,13 +28,18 @@ def send(given: Namespace) -> int:
         if raw:
             count = _all_of_stdin(agent, given)
         else:
-            line = os.fsencode(" ".join(given.text)) + b"\n" if given.text else b""
+            line = os.fsencode(" ".join(given.text)) + _return(agent) if given.text else b""
             count = agent.write(line, eof=given.eof) if line else 0
         if given.eof and (raw or not given.text):
             agent.close_stdin()
     if given.json:
         out.document({"agent_id": agent.id, "bytes_written": count, "eof": given.eof})
     return 0
+
+
+def _return(agent: Agent) -> bytes:
+    """Return what ends a line: at a terminal the key, from which the terminal makes what the program wants."""
+    return b"\r" if agent.info().stdin == "pty" else b"\n"
 
 
 def _all_of_stdin(agent: Agent, given: Namespace) -> int:

@@ -16,7 +16,7 @@ from .exits import UsageError
 if TYPE_CHECKING:
     from ..client import Agent, AgentClient
 
-_SAME_NAME = ("name", "task", "context", "system_prompt", "model", "tool_level", "stdin", "grace_secs")
+_SAME_NAME = ("name", "task", "context", "system_prompt", "model", "tool_level", "stdin", "pty", "grace_secs")
 
 
 def spawn(given: Namespace) -> int:

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..core.lifecycle import STATUSES
 
-__all__ = ["STATUSES", "add_settings", "count", "json_object", "moment", "pair", "seconds", "variable"]
+__all__ = ["STATUSES", "add_settings", "count", "json_object", "moment", "pair", "seconds", "terminal_size",
+           "variable"]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -42,6 +43,14 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
+
+
+def terminal_size(text: str) -> dict[str, int]:
+    """Read the size of a terminal."""
+    rows, x, cols = text.lower().partition("x")
+    if not (x and all(part.isascii() and part.isdigit() and len(part) < 6 for part in (rows, cols))):
+        raise ArgumentTypeError(f"{text!r} is not ROWSxCOLS such as 24x80")
+    return {"rows": int(rows), "cols": int(cols)}
 
 
 def moment(text: str) -> str:

@@ -12,6 +12,7 @@ agent that could have started it has ended; the last of those takes it along.
 from __future__ import annotations
 
 import os
+import time
 from signal import SIGCONT, SIGHUP, SIGSTOP, SIGTERM
 from typing import Callable, Iterable
 
@@ -21,6 +22,7 @@ from .takeover import Keeper
 from .tree import Proc
 
 PASSES = 10      # looks at a tree that is being stopped
+STILL_SECS = 0.05  # at most, for parents at a terminal to stand still before their children are stopped
 STOPPED = "TtZX"  # states in /proc/PID/stat of what stands still or is dead
 
 
@@ -172,6 +174,20 @@ class Family:
         self._signal_leader(agent, number)
         return [proc for proc in self.members([agent])[agent.id] if tree.send(proc, number)]
 
+    def _stop_from_above(self, agent: Agent, number: int) -> None:
+        """Stop each when its parent is seen to stand still: else a shell at a terminal sees its job stop, and when it
+        goes on it takes the terminal from it."""
+        until, still = time.monotonic() + STILL_SECS, {agent.pid}
+        self._signal_leader(agent, number)
+        for proc in self.members([agent])[agent.id]:
+            while proc.parent in still and time.monotonic() < until:
+                parent = tree.look(proc.parent)
+                if parent is None or parent.state in STOPPED:
+                    break
+                time.sleep(0)
+            tree.send(proc, number)
+            still.add(proc.pid)
+
     def _signal_leader(self, agent: Agent, number: int) -> None:
         assert agent.pid is not None
         if agent.adopted:  # reaped by the keeper at any moment, so that only its identity is sure
@@ -193,8 +209,9 @@ class Family:
 
     def stop(self, agent: Agent) -> None:
         """SIGSTOP the tree, and again until all of it is seen to stand still: it may fork while it is being stopped."""
+        stop = self._stop_from_above if agent.stdin == "pty" else self.signal
         for _ in range(PASSES):
-            self.signal(agent, SIGSTOP)
+            stop(agent, SIGSTOP)
             self.stale()
             leader = tree.look(agent.pid or 0)
             members = self.members([agent])[agent.id]

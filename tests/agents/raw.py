@@ -1,4 +1,4 @@
-"""Put the terminal into raw mode, print `ready`, read up to the byte 4, and print the length and SHA-256 of it.
+"""Put the terminal into raw mode, print `ready`, read up to the byte 4, print length and SHA-256 of what came before.
 
     raw.py [wait]
 

@@ -42,7 +42,11 @@ class Entry:
     ends: Dict[str, bool] = field(default_factory=dict)  # stop, kill, signal: whether it was acknowledged
     pauses: int = 0
     resumes: int = 0
-    closing: bool = False
+    pty: bool = False           # on a terminal
+    raw: bool = False           # and known to have it in raw mode, so that one can type
+    sizes: List[int] = field(default_factory=list)  # rows that its terminal was given, as acknowledged
+    closing: bool = False       # its input is being ended: nobody may begin to write
+    closed: bool = False
     checking: bool = False      # nobody may write any more
     writers: int = 0            # who are writing now
     checked: bool = False
@@ -148,9 +152,12 @@ class Ledger:
             if len(data) == TRUTH.size:
                 out, err, last = TRUTH.unpack(data)
                 taken[0], taken[1], under_way = taken[0] + out, taken[1] + err, under_way + last
+        if entry.pty:
+            taken = [sum(taken), 0]
         for n, stream in enumerate(("stdout", "stderr")):
             have = len(streams[stream])
             self.add("bytes", have)
+            self.add("bytes of terminals", have if entry.pty else 0)
             if dropped and entry.excused:
                 continue
             if not taken[n] <= have <= taken[n] + under_way or (natural and have != taken[n]):
@@ -163,9 +170,8 @@ class Ledger:
 
     def _check_lines(self, entry: Entry, streams: Dict[str, bytes], natural: bool) -> None:
         echoed: Dict[str, List[int]] = {}
-        for stream, letter in (("stdout", "O"), ("stderr", "E")):
-            expected = [letter] * entry.attempts
-            n, whole, begun = 0, 0, 1
+        for stream, letters in (("stdout", "OE"), ("stderr", "")) if entry.pty else (("stdout", "O"), ("stderr", "E")):
+            n, whole, ends, begun = dict.fromkeys(letters, 0), 0, 0, 1
             *lines, rest = streams[stream].split(b"\n")
             for line in lines:
                 words = unseal(line)
@@ -173,17 +179,21 @@ class Ledger:
                     if not entry.excused:
                         self.loss("wrong", f"{entry.key} ({entry.id}) {stream}: a broken line {line[:80]!r} after {n}")
                     continue
-                if words[0] == letter:
-                    if entry.excused and int(words[2]) < n and begun < entry.attempts:
-                        n, begun = 0, begun + 1  # the end of the attempt before fell into a gap
-                    if words[1] != entry.key or int(words[2]) < n or (int(words[2]) > n and not entry.excused):
-                        self.loss("wrong", f"{entry.key} ({entry.id}) {stream}: line {words[1:3]} where {n} belongs")
-                    n = int(words[2]) + 1
+                if words[0] in n:
+                    number = int(words[2])
+                    if entry.excused and number < n[words[0]] and begun < entry.attempts:
+                        n, ends, begun = dict.fromkeys(letters, 0), 0, begun + 1  # the end before fell into a gap
+                    at = n[words[0]]
+                    if words[1] != entry.key or number < at or (number > at and not entry.excused):
+                        self.loss("wrong", f"{entry.key} ({entry.id}) {stream}: line {words[1:3]} where {at} belongs")
+                    n[words[0]] = number + 1
                 elif words[0] == "Z":
                     whole += 1
-                    if n != entry.lines and not entry.excused:
+                    if set(n.values()) != {entry.lines} and not entry.excused:
                         self.loss("missing", f"{entry.key} {stream}: {n} lines of {entry.lines}")
-                    n, begun = 0, begun + 1
+                    ends += 1
+                    if ends == len(letters):
+                        n, ends, begun = dict.fromkeys(letters, 0), 0, begun + 1
                 elif words[0] == "I":
                     inner = unseal(" ".join(words[1:]).encode())
                     if inner is None or inner[0] != "W":
@@ -191,7 +201,7 @@ class Ledger:
                         continue
                     echoed.setdefault(inner[1], []).append(int(inner[2]))
             self.add("lines", len(lines))
-            if natural and not entry.excused and (whole != len(expected) or rest):
+            if natural and not entry.excused and (whole != entry.attempts * len(letters) or rest):
                 self.loss("missing", f"{entry.key} ({entry.id}) {stream} ends with {streams[stream][-80:]!r}")
         self._check_stdin(entry, echoed, natural)
 
@@ -260,7 +270,7 @@ class Ledger:
         for number in range(1, entry.attempts + 1):
             expected += [("started", number), ("ended", number)]
         seen, ends = [], 0
-        pauses = [0, 0]
+        pauses, sizes = [0, 0], []
         for event in events:
             data = event.get("data") or {}
             if "attempt" in data:
@@ -270,6 +280,8 @@ class Ledger:
                 seen.append(("ended", ends))
                 if ends <= len(entry.exits) and data["exit"] != entry.exits[ends - 1]:
                     self.loss("wrong", f"the event and the record of {entry.key} ({entry.id}) differ: {event}")
+            elif "pty" in data:
+                sizes.append(data["pty"]["rows"])
             elif event["message"].startswith("paused"):
                 pauses[0] += 1
             elif event["message"].startswith("resumed"):
@@ -277,6 +289,9 @@ class Ledger:
         if seen != expected:
             self.loss("missing" if len(seen) < len(expected) else "doubled",
                       f"events of {entry.key} ({entry.id}): {seen} instead of {expected}")
+        self.add("sizes of terminals", len(sizes))
+        if sizes != entry.sizes:
+            self.loss("wrong", f"events of {entry.key} ({entry.id}): sizes {sizes} were told, {entry.sizes} acknowledged")
         if pauses != [entry.pauses, entry.resumes]:
             self.loss("wrong", f"events of {entry.key} ({entry.id}): {pauses} pauses and resumes were told, "
                                f"{[entry.pauses, entry.resumes]} acknowledged")

@@ -9,7 +9,8 @@ Unaware: of agentserver.
 Writes LINES lines on each of stdout (`O`) and stderr (`E`), one pair each PACE seconds, echoes each line of
 its stdin (`I`), says `Z` on both, and exits with CODE, or by signal -CODE. MODE `reader` goes on until its
 stdin has ended too, `free` does not care. TREE is a sum: 1 a child, 2 one in a session of its own, 4 a daemon;
-all of them ignore SIGTERM. In TRUTH it keeps, by mmap, how many bytes each write(2) has taken: what a SIGKILL
+all of them ignore SIGTERM. On a terminal, where both streams are one, it first sets raw mode, and its input
+ends with the byte 4. In TRUTH it keeps, by mmap, how many bytes each write(2) has taken: what a SIGKILL
 leaves there is what was written. The file's number tells how many processes were ever started for this KEY.
 """
 from __future__ import annotations
@@ -21,11 +22,14 @@ import select
 import signal
 import struct
 import sys
+import termios
+import tty
 import zlib
 from typing import List, Optional
 
 TRUTH = struct.Struct("<QQQ")  # bytes taken on stdout, on stderr, and what the one write under way has
 LONG_EACH = 97                 # so many lines apart comes one that is longer than a pipe's page, or than a pipe
+END = b"\4"                    # of what is typed at a terminal
 LIFE_SECS = 1200               # nobody lives longer, whatever happens to the server
 
 
@@ -60,6 +64,9 @@ class Worker:
         self.truth = self._truth(truth)
         self.unread = b""
         self.input_open = True
+        self.terminal = os.isatty(0)
+        if self.terminal:
+            tty.setraw(0, termios.TCSANOW)
         self._tree(int(tree))
 
     def _truth(self, directory: str) -> mmap.mmap:
@@ -120,6 +127,8 @@ class Worker:
             return
         data = os.read(0, 65536)
         self.input_open = bool(data)
+        if self.terminal and END in data:
+            data, self.input_open = data[:data.index(END)], False
         *lines, self.unread = (self.unread + data).split(b"\n")
         for line in lines:
             self.write(1, seal("I " + line.decode()))

@@ -24,6 +24,7 @@ from agentserver.errors import AgentServerError, LinkError, RequestError, Reques
 PATIENCE = 90.0  # seconds for one answer, over all tries
 AGENT = Path(__file__).with_name("agents.py")
 AGAIN = ("unavailable",)
+TERMINALS = 0.35  # the share of agents that run on one
 
 
 class NoAnswer(Exception):
@@ -164,6 +165,8 @@ class Client(threading.Thread):
                    str(dice.choice((0, 0.005, 0.02, 0.05))), entry.mode, str(tree), str(self._ledger.truth)]
         config = {"command": command, "labels": {"client": self.name}, "grace_secs": dice.choice((0.5, 5)),
                   "stdin": "pipe", "name": key}
+        if dice.random() < TERMINALS:
+            entry.pty, config["stdin"], config["pty"] = True, None, {"rows": 1, "cols": 80}
         if entry.limit:
             config["limits"] = {"runtime_secs": entry.limit}
         with self._ledger.lock:
@@ -193,10 +196,23 @@ class Client(threading.Thread):
             entry = self._dice.choice(targets)
             entry.writers += 1
         try:
-            self._write_to(entry)
+            if self._can_be_typed_to(entry):
+                self._write_to(entry)
         finally:
             with self._ledger.lock:
                 entry.writers -= 1
+
+    def _can_be_typed_to(self, entry: Entry) -> bool:
+        """Whether an agent takes what it gets as it is; one on a terminal does when it has written something."""
+        try:
+            if entry.pty and not entry.raw:
+                info = self._ask(entry, "inspect", {})["agent_info"]
+                entry.raw = info["output"]["stdout"]["end_offset"] > 0
+        except RequestError as e:
+            if e.code != "agent_not_found":
+                self._ledger.loss("wrong", f"{entry.key} cannot be looked at: {e.code} {e}")
+            return False
+        return entry.raw or not entry.pty
 
     def _write_to(self, entry: Entry) -> None:
         number = entry.numbers.get(self.name, 0)
@@ -216,8 +232,12 @@ class Client(threading.Thread):
     def _close_some(self, entries: List[Entry]) -> None:
         for entry in entries:
             old = time.monotonic() - entry.asked > self._dice.uniform(1, 8) or not self.spawning
-            if entry.mode == "reader" and entry.id and old and not entry.closing:
-                entry.closing = True
+            if entry.mode == "reader" and entry.id and old and not entry.closed:
+                with self._ledger.lock:
+                    entry.closing = True
+                if entry.pty and (entry.writers or not self._can_be_typed_to(entry)):
+                    continue  # later: what is typed after the end would not be read
+                entry.closed = True
                 try:
                     self._ask(entry, "close_stdin", {})
                 except RequestError as e:
@@ -234,9 +254,11 @@ class Client(threading.Thread):
     def _command(self, entry: Entry) -> None:
         if not entry.id:
             return
-        what = self._dice.choice(("stop", "kill", "signal", "pause", "pause", "pause", "look"))
+        what = self._dice.choice(("stop", "kill", "signal", "pause", "pause", "pause", "look", "resize", "resize"))
         if what == "pause":
             self._pause(entry)
+        elif what == "resize":
+            self._resize(entry)
         elif what == "look":
             self._ask(entry, "inspect", {})
         elif self._dice.random() < 0.6:
@@ -258,6 +280,15 @@ class Client(threading.Thread):
         except RequestError as e:
             if e.code != "invalid_state":
                 self._ledger.loss("wrong", f"pause of {entry.key} was refused: {e.code} {e}")
+
+    def _resize(self, entry: Entry) -> None:
+        rows = len(entry.sizes) + 2
+        try:
+            self._ask(entry, "resize", {"rows": rows, "cols": 80})
+            entry.sizes.append(rows)
+        except RequestError as e:
+            if e.code != "invalid_state":
+                self._ledger.loss("wrong", f"resize of {entry.key} was refused: {e.code} {e}")
 
     # ------------------------------------------------------------ ends
 
