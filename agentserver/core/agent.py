@@ -112,7 +112,6 @@ class Agent:
 
     def info(self) -> Json:
         """Return the agent as the protocol's AgentInfo."""
-        first, second = self._output_spans()
         return {
             "id": self.id, "name": self.name, "status": self.status, "model_backend": self.model_backend,
             "started_at": _stamp(self.started_at), "task": self.task, "paused_at": _stamp(self.paused_at),
@@ -120,8 +119,7 @@ class Agent:
             "attempt": self.attempt, "created_at": _stamp(self.created_at), "finished_at": _stamp(self.finished_at),
             "exit": self.exit, "labels": self.labels, "metadata": self.metadata, "command": self.command,
             "cwd": self.cwd, "stdin": self.stdin, "activity": None,
-            "output": {"stdout": {"first_offset": first[0], "end_offset": first[1]},
-                       "stderr": {"first_offset": second[0], "end_offset": second[1]}}}
+            "output": self.kept()}
 
     def info_json(self) -> str:
         """Return `info` as JSON text, from memory while nothing has changed: lists are asked for often."""
@@ -129,6 +127,11 @@ class Agent:
         if not self._json or self._spans != spans:
             self._json, self._spans = encode_text(self.info()), spans
         return self._json
+
+    def kept(self) -> Json:
+        """Return which bytes of its output are kept."""
+        return {stream: {"first_offset": first, "end_offset": end}
+                for stream, (first, end) in zip(("stdout", "stderr"), self._output_spans())}
 
     def _output_spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return self.output.span("stdout"), self.output.span("stderr")

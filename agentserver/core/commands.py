@@ -189,7 +189,9 @@ class Commands:
         return agent.output.span(stream)[1]
 
     def announce(self, topic: str, subscriber: Subscriber) -> None:
-        """Tell a new subscriber of one stream where it stands, so that it knows what to read first."""
+        """Tell a new subscriber where a stream stands, or the events, so that it knows what to read first."""
+        if topic == "server":
+            return self._supervisor.greet(subscriber)
         agent_id, _, stream = topic.rpartition(".")
         agent = self._supervisor.agents.get(agent_id)
         if agent is not None and stream in STREAMS:

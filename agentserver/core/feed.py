@@ -76,31 +76,36 @@ class Feed:
     def server_event(self, server_id: str, state: str, active: int) -> None:
         """Store and publish a change of the server's own state."""
         at = self._now()
-        self._store(at, None, "server", self._server_update(server_id, state, active, at))
+        self._store(at, None, "server", self._server_update("status_changed", server_id, state, active, at))
 
     def _store(self, at: float, agent_id: str | None, topic: str, message: Json) -> None:
         text = self._registry.add_event(at, agent_id, message)
         if self.wanted(topic):
             self._waiting.append((topic, text.encode("ascii")))
 
-    def heartbeat(self, agent_id: str, update_type: str, status: str) -> None:
-        """Hint that an agent is there (`heartbeat`) or has written something (`output_available`)."""
+    def heartbeat(self, agent_id: str, update_type: str, status: str, output: Json) -> None:
+        """Hint that an agent is there (`heartbeat`) or has written something (`output_available`), and how far."""
         topic = f"status.{agent_id}"
         if self.wanted(topic):
             self._hint(topic, {
                 "type": "status_update", "topic": topic, "agent_id": agent_id, "update_type": update_type,
-                "status": status, "message": "", "data": {}, "timestamp": rfc3339(self._now()),
+                "status": status, "message": "", "data": {"output": output}, "timestamp": rfc3339(self._now()),
                 "sequence": self._registry.sequence})
 
-    def server_heartbeat(self, server_id: str, state: str, active: int) -> None:
-        """Hint that the server is there."""
-        if self.wanted("server"):
-            self._hint("server", {**self._server_update(server_id, state, active, self._now()),
-                                  "sequence": self._registry.sequence})
+    def server_heartbeat(self, server_id: str, state: str, active: int, only: Subscriber | None = None) -> None:
+        """Hint that the server is there; with `only`, tell one new subscriber which event is the latest."""
+        if only is None and not self.wanted("server"):
+            return
+        message = self._server_update("heartbeat", server_id, state, active, self._now())
+        message["sequence"] = self._registry.sequence
+        if only is None:
+            self._hint("server", message)
+        else:
+            only.push(b"server", encode(message))
 
-    def _server_update(self, server_id: str, state: str, active: int, at: float) -> Json:
-        return {"type": "server_update", "topic": "server", "server_id": server_id, "state": state,
-                "active_agents": active, "timestamp": rfc3339(at)}
+    def _server_update(self, update_type: str, server_id: str, state: str, active: int, at: float) -> Json:
+        return {"type": "server_update", "topic": "server", "update_type": update_type, "server_id": server_id,
+                "state": state, "active_agents": active, "timestamp": rfc3339(at)}
 
     def _hint(self, topic: str, message: Json) -> None:
         self._waiting.append((topic, encode(message)))

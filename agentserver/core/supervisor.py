@@ -21,7 +21,7 @@ from .agent import Agent, new_record
 from .counters import Counters
 from .ending import Ending, exit_record
 from .family import Family
-from .feed import Feed
+from .feed import Feed, Subscriber
 from .lastwords import LastWords
 from .output import OutputLog
 from .reactor import Reactor
@@ -412,11 +412,17 @@ class Supervisor:
         self.retain()
         if not self.feed.anyone:
             return
-        self.feed.server_heartbeat(self.config.server_id, self.state, self.active)
+        self.greet()
         for agent in self.live:
-            size = sum(agent.output.span(stream)[1] for stream in ("stdout", "stderr"))
-            self.feed.heartbeat(agent.id, "output_available" if size != agent.reported else "heartbeat", agent.status)
+            kept = agent.kept()
+            size = sum(span["end_offset"] for span in kept.values())
+            self.feed.heartbeat(agent.id, "output_available" if size != agent.reported else "heartbeat", agent.status,
+                                kept)
             agent.reported = size
+
+    def greet(self, only: Subscriber | None = None) -> None:
+        """Tell listeners, or a new one, that the server is there and which event is the latest."""
+        self.feed.server_heartbeat(self.config.server_id, self.state, self.active, only)
 
     # ------------------------------------------------------------ the server's own end
 

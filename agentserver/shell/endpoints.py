@@ -203,10 +203,10 @@ def probe(endpoint: str, timeout: float) -> None:
 
 # ---------------------------------------------------------------- topics and replies
 
-def is_stream_topic(topic: str) -> bool:
-    """Whether a subscription names one stream of one agent exactly, and is to be answered with its offset."""
+def is_answered(topic: str) -> bool:
+    """Whether a subscription names one stream or the server exactly, and is to be answered with where that stands."""
     raw = topic.encode("utf-8", "replace")
-    return len(raw) == _ID_BYTES + 7 and raw[_ID_BYTES:] in _STREAMS
+    return raw == b"server" or (len(raw) == _ID_BYTES + 7 and raw[_ID_BYTES:] in _STREAMS)
 
 
 def failed_reply(raw: bytes, code: str, sentence: str) -> bytes:

@@ -21,7 +21,7 @@ import zmq
 from ..core.link import FrameStream
 from ..errors import LinkError, StartError
 from ..wire import encode, new_id
-from .endpoints import MAX_TOPIC, Bound, bind, is_stream_topic, xpub_socket
+from .endpoints import MAX_TOPIC, Bound, bind, is_answered, xpub_socket
 
 MOST_TOPICS = 10_000       # beyond it the core is asked for everything, and libzmq does the choosing
 _PEER = encode({"kind": "zmq", "name": "subscribers"})
@@ -59,12 +59,12 @@ class Topics:
                 return
             self._wanted.add(topic)
             self.changed = True
-        if is_stream_topic(topic):
+        if is_answered(topic):
             self._joined.add(topic)
             self.changed = True
 
     def request(self) -> bytes:
-        """Return the subscription as it has to be now, with the streams that were joined since the last call."""
+        """Return the subscription as it has to be now, with what was joined since the last call."""
         topics = [""] if self._beyond else sorted(self._wanted)
         message = {"type": "subscribe_request", "request_id": new_id(), "topics": topics,
                    "announce": sorted(self._joined)}
