@@ -24,7 +24,7 @@ STORED: dict[str, Any] = {
     "attempt": int, "pid": (int, _NONE), "start": (int, _NONE), "boot": str, "created_at": _NUMBER,
     "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
     "began": _NUMBER, "ending": (dict, _NONE), "signalled": dict,
-    "stdin_file": int, "stdin_end": int, "stdin_closing": bool}
+    "stdin_file": int, "stdin_end": int, "stdin_closing": bool, "told": dict}
 
 
 class Agent:
@@ -62,6 +62,7 @@ class Agent:
     stdin_file: int           # see stdin.py
     stdin_end: int
     stdin_closing: bool
+    told: dict[str, list[int]]  # see losses.py
 
     def __init__(self, agent_id: str, output: OutputLog, record: Json) -> None:
         self.id, self.output = agent_id, output
@@ -149,5 +150,5 @@ def new_record(**known: Any) -> Json:
     """Return the record of an agent that was just asked for."""
     record: Json = {key: None for key in STORED}
     record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", "began": 0.0,
-                   "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, **known})
+                   "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, "told": {}, **known})
     return record
