@@ -181,7 +181,7 @@ def test_a_drop_that_a_dead_core_could_not_tell_is_told_by_the_next(start_server
     server = start_server("--output-cap-bytes", str(256 * 1024))
     with LineWire(server.socket_path) as wire:
         told_by_both = wire.spawn("", ready=False, command=[
-            sys.executable, "-S", "-E", "-c", "import os\nfor _ in range(2):\n os.read(0, 1); os.write(1, b'x' * 600000)"
+            sys.executable, "-S", "-E", "-c", "import os\nfor _ in range(2):\n os.read(0, 1); os.write(1, b'x'*600000)"
                                               "\nos.write(2, b'done')\nos.read(0, 1)"])
         wire.control(told_by_both, "write_stdin", data="1")
         wait_until(lambda: drops(wire, told_by_both))

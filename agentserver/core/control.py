@@ -24,7 +24,6 @@ from .feed import Subscriber
 from .registry import Ask
 from .supervisor import Supervisor
 
-
 HEAD_BYTES = 1024  # of a reply, beside its list
 
 
