@@ -172,10 +172,14 @@ class ServerConfig:
     runtime_secs: float = _setting(
         0.0, "longest run of an agent whose request sets no limit; 0: no limit", "seconds", 0, _MOST_SECS)
     events_kept: int = _setting(100_000, "how many events are kept for replay", "events", 100, 10_000_000)
+    events_secs: float = _setting(7 * DAY, "how long events are kept for replay", "seconds", 1, _MOST_SECS)
     requests_kept: int = _setting(
         100_000, "how many answered request ids are remembered", "requests", 100, 10_000_000)
     backlog_bytes: int = _setting(
         4 * MIB, "events queued for a local subscriber that does not read", "bytes", 64 * KIB, 1024 * MIB)
+    pub_hwm: int = _setting(
+        1000, "messages queued for a subscriber of `pub_endpoint` that does not read; one of output brings at most "
+        "32 KiB", "messages", 1, 1_000_000)
     log_bytes: int = _setting(
         MIB, "size at which a log of the server's own is rotated", "bytes", 4 * KIB, 1024 * MIB)
     pass_environment: Tuple[str, ...] = _setting(

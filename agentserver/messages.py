@@ -183,7 +183,7 @@ class SubscribeRequest:
     topics: List[str] = wire(list_of(text(512), most=MAX_ITEMS))
     since: Optional[int] = wire(whole(), None)
     #: of `topics`, those to answer with their current offset though they are not new on this connection
-    announce: List[str] = wire(list_of(text(512)), default_factory=list)
+    announce: List[str] = wire(list_of(text(512), most=MAX_ITEMS), default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ class ServerStats(Result):
     active_agents: int = 0
     agents_by_status: Dict[str, int] = field(default_factory=dict)
     bytes_captured: int = 0
+    messages_pushed: int = 0
+    messages_dropped: int = 0
     core: Json = field(default_factory=dict)
     shell: Json = field(default_factory=dict)
     keeper: Json = field(default_factory=dict)

@@ -314,6 +314,22 @@ def wire_text(data: bytes) -> tuple[str, str]:
         return binascii.b2a_base64(data, newline=False).decode("ascii"), "base64"
 
 
+def json_data(data: bytes) -> tuple[bytes, str]:
+    """Return what `wire_text` does, with the text as JSON: the quick way for what is mostly plain ASCII."""
+    text, encoding = wire_text(data)
+    plain = data if encoding == "utf-8" else text.encode("ascii")
+    if plain.isascii() and len(plain.translate(None, _RARE)) == len(plain):
+        for raw, escaped in _ESCAPES:
+            plain = plain.replace(raw, escaped)
+        return b'"%s"' % plain, encoding
+    return encode_text(text).encode("ascii"), encoding
+
+
+#: what JSON must escape and output often holds; the backslash first
+_ESCAPES = ((b"\\", b"\\\\"), (b'"', b'\\"'), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\t", b"\\t"), (b"\x1b", b"\\u001b"))
+_RARE = bytes(code for code in range(128) if (code < 32 or code == 127) and code not in b"\n\r\t\x1b")
+
+
 def new_id() -> str:
     """Return a random UUID as text (RFC 9562, version 4), without importing `uuid`."""
     import os

@@ -69,6 +69,36 @@ def test_a_new_subscription_is_answered_with_the_offset(unix: LineWire, subscrib
         assert (event["offset"], event["next_offset"], event["eof"]) == (12, 12, False) and not event["data"]
 
 
+def test_a_new_subscription_to_the_server_is_answered_with_the_latest_sequence(
+        start_server: Callable[..., Server]) -> None:
+    """Long before the next heartbeat."""
+    server = start_server("--status-update-interval-secs", "600")
+    with LineWire(server.socket_path) as wire:
+        for _ in range(2):
+            wire.ended(wire.spawn("exit_with", 0, ready=False))
+            sub = Subscriber(server.pub_endpoint, "server")
+            try:
+                told = sub.next()
+            finally:
+                sub.close()
+            assert told["type"] == "server_update" and told["state"] == "up"
+            assert told["sequence"] == wire.ok("events_request", since=2 ** 62)["next"]
+            assert told["update_type"] == "heartbeat", "it is not stored"
+
+
+def test_heartbeats_say_where_the_streams_stand(start_server: Callable[..., Server]) -> None:
+    server = start_server("--status-update-interval-secs", "0.1")
+    with LineWire(server.socket_path) as wire:
+        sleeper = wire.spawn("sleeper", "hello")
+        wire.until_output(sleeper, b"hello\n")
+        sub = Subscriber(server.pub_endpoint, f"status.{sleeper}")
+        try:
+            beat = sub.next(lambda e: e["update_type"] == "heartbeat")
+            assert beat["data"] == {"output": wire.info(sleeper)["output"]}
+        finally:
+            sub.close()
+
+
 def test_output_is_published_with_offsets(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
     told = unix.spawn("print_when")
     sub = subscribe(f"{told}.stdout", f"{told}.stderr")
@@ -123,6 +153,7 @@ def test_the_server_tells_of_itself(start_server: Callable[..., Server]) -> None
         event = sub.next()
         assert event["type"] == "server_update" and event["state"] == "up" and event["active_agents"] == 0
         assert event["server_id"] == server.metadata["server_id"] and isinstance(event["sequence"], int)
+        assert [e["update_type"] for e in server.ask({"type": "events_request"})["events"]] == ["status_changed"]
         server.ask({"type": "shutdown_request"})
         assert sub.next(lambda e: e["state"] in ("draining", "down"))
         assert server.process.wait(30) == 0

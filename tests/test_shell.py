@@ -282,7 +282,8 @@ def test_joins_reach_the_core_and_its_events_reach_the_joined(served: Served) ->
         sub.subscribe("status.")
         wait_until(lambda: subscriptions(served.core)
                    and subscriptions(served.core)[-1]["topics"] == [f"{ID}.stdout", "status."])
-        assert any(message["announce"] == [f"{ID}.stdout"] for message in subscriptions(served.core))
+        assert {topic for message in subscriptions(served.core) for topic in message["announce"]} == \
+            {f"{ID}.stdout", "status."}, "the core knows which of them it can answer"
         monitor = next(c for c in served.core.connections if c.hello.get("role") == "monitor")
         monitor.push({"topic": f"{ID}.stdout", "offset": 3})
         topic, body = sub.recv_multipart()
@@ -304,9 +305,12 @@ def test_a_second_listener_is_announced_too(served: Served) -> None:
 
 def test_wild_subscriptions_do_no_harm(served: Served) -> None:
     with served.socket(zmq.SUB, served.server.pub_endpoint) as sub:
-        for topic in (b"\xff\xfe", b"x" * 5000, b"\0", b"server"):
-            sub.subscribe(topic)
-        wait_until(lambda: subscriptions(served.core) and "server" in subscriptions(served.core)[-1]["topics"])
+        with served.socket(zmq.SUB, served.server.pub_endpoint) as cut_off:
+            cut_off.subscribe(b"x" * 5000)
+            for topic in (b"\xff\xfe", b"x" * 900, b"\0", b"server"):
+                sub.subscribe(topic)
+            wait_until(lambda: subscriptions(served.core) and "server" in subscriptions(served.core)[-1]["topics"])
+            assert subscriptions(served.core)[-1]["topics"] == ["server"]
     with served.socket(zmq.XSUB, served.server.pub_endpoint) as xsub:
         for message in (b"", b"\x02hello", b"\0never-joined"):
             xsub.send(message)
@@ -326,14 +330,30 @@ def test_topics_are_a_bounded_union() -> None:
     for name in ("b", "a", "a", f"{ID}.stdout"):
         topics.hear(b"\1" + name.encode())
     asked = json.loads(topics.request())
-    assert (asked["topics"], asked["announce"]) == (sorted(["a", "b", f"{ID}.stdout"]), [f"{ID}.stdout"])
+    assert asked["topics"] == asked["announce"] == sorted(["a", "b", f"{ID}.stdout"])
     topics.hear(b"\1c")
-    assert topics.changed and json.loads(topics.request())["topics"] == [""]
-    for name in ("a", "b", "c", f"{ID}.stdout"):
-        topics.hear(b"\0" + name.encode())
-    topics.request()
-    topics.hear(b"\1d")
-    assert json.loads(topics.request())["topics"] == ["d"]
+    topics.hear(b"\1a")
+    assert topics.changed
+    asked = json.loads(topics.request())
+    assert (asked["topics"], asked["announce"]) == ([""], ["a", "c"]), "too many: the core is asked for everything"
+    topics.hear(b"\0b")
+    assert json.loads(topics.request())["topics"] == sorted(["a", "c", f"{ID}.stdout"]), "until they are fewer"
+    for name in ("d", "e", "f"):
+        topics.hear(b"\1" + name.encode())
+    topics.hear(b"\0e")
+    assert json.loads(topics.request())["announce"] == ["d", "f"] and not topics.changed
+
+
+@pytest.mark.parametrize("message, new_bytes", [
+    (b"", -1), (b"\2x", -1), (b"\0x", -1), (b"\1", 0), (b"\1server", 6), (b"\1\xff\xfe", 2), (b"\1a\nb", 3),
+    (b"\1" + b"x" * 64, 64), (b"\1" + b"x" * 900, 900), (b"\0" + b"x" * 900, -1)])
+def test_what_is_no_topic_is_only_counted(message: bytes, new_bytes: int) -> None:
+    topics = Topics()
+    assert topics.hear(message) == new_bytes
+    taken = message[:1] == b"\1" and len(message) < 66 and message[1:].decode("latin-1").isprintable() \
+        and message[1:].isascii()
+    assert json.loads(topics.request())["topics"] == ([message[1:].decode()] if taken else [])
+    assert topics.hear(message) == (0 if taken else new_bytes), "what is known costs nothing more"
 
 
 # ---------------------------------------------------------------- the keeper's child

@@ -445,7 +445,7 @@ def test_heartbeats_come_at_the_interval(start_server: Callable[..., Server]) ->
         first = wire.event(lambda e: e.get("type") == "server_update")
         assert first["state"] == "up" and first["active_agents"] == 1 and first["server_id"] and first["timestamp"]
         wire.event(lambda e: e.get("type") == "server_update")
-        beat = wire.event(lambda e: e.get("update_type") == "heartbeat")
+        beat = wire.event(lambda e: e.get("update_type") == "heartbeat" and e["type"] == "status_update")
         assert beat["agent_id"] == sleeper and beat["status"] == "running"
         stored = wire.ok("events_request")["events"]
         assert not [e for e in stored if e.get("update_type") in ("heartbeat", "output_available")]

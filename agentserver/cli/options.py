@@ -174,7 +174,7 @@ def _describing(parser: Parser) -> None:
         help="set a variable, or with K alone pass mine; as often as needed")
     add("--cwd", metavar="DIR", help="where it runs (default: here, if the server is local)")
     add("--stdin", choices=("null", "pipe", "pty"), help="whether it can be written to; pty: it runs on a terminal")
-    add("--pty", metavar="ROWSxCOLS", type=values.terminal_size, help="it runs on a terminal of this size, such as 24x80")
+    add("--pty", metavar="ROWSxCOLS", type=values.terminal_size, help="it runs on a terminal of this size, as 24x80")
     _labels(parser, "a label to select by; as often as needed")
     add("--grace-secs", metavar="SECS", type=values.seconds, help="time between SIGTERM and SIGKILL when it is stopped")
     add("--runtime-secs", metavar="SECS", type=values.seconds, help="end it after so long")

@@ -21,9 +21,11 @@ Owns:    this map. Read in this order; each file uses only those above it:
     facts       what a health check tells of the server
     registry    everything that must be remembered: sqlite3
     feed        what is told to whoever listens
+    pushing     output on its way to who listens
     agent       the record of one agent
     stdin       what goes to an agent's stdin: accepted once, written once
     run         one attempt while its process exists: output pipes, timers
+    losses      output that is gone, told as events
     takeover    what a core before us left of each agent
     family      which processes belong to which agent
     ending      the stop ladder, the exit, the exit record

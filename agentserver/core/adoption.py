@@ -52,6 +52,8 @@ class Adoption:
         for agent_id in taken.unclaimed():
             self._keeper.release(agent_id, [])
         supervisor.retain()
+        for agent_id in supervisor.agents:
+            supervisor.output_lost(agent_id)  # what the core before us could not tell any more
 
     def _known(self) -> list[Agent]:
         """Return the agents of the registry; what cannot be one is put aside."""

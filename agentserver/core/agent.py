@@ -25,7 +25,7 @@ STORED: dict[str, Any] = {
     "attempt": int, "pid": (int, _NONE), "start": (int, _NONE), "boot": str, "created_at": _NUMBER,
     "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
     "began": _NUMBER, "ending": (dict, _NONE), "signalled": dict,
-    "stdin_file": int, "stdin_end": int, "stdin_closing": bool}
+    "stdin_file": int, "stdin_end": int, "stdin_closing": bool, "told": dict}
 
 
 class Agent:
@@ -64,6 +64,7 @@ class Agent:
     stdin_file: int           # see stdin.py
     stdin_end: int
     stdin_closing: bool
+    told: dict[str, list[int]]  # see losses.py
 
     def __init__(self, agent_id: str, output: OutputLog, record: Json) -> None:
         self.id, self.output = agent_id, output
@@ -114,16 +115,13 @@ class Agent:
 
     def info(self) -> Json:
         """Return the agent as the protocol's AgentInfo."""
-        first, second = self._output_spans()
         return {
             "id": self.id, "name": self.name, "status": self.status, "model_backend": self.model_backend,
             "started_at": _stamp(self.started_at), "task": self.task, "paused_at": _stamp(self.paused_at),
             "pause_mode": self.pause_mode, "attach_info": None, "want": self.want, "pid": self.pid,
             "attempt": self.attempt, "created_at": _stamp(self.created_at), "finished_at": _stamp(self.finished_at),
             "exit": self.exit, "labels": self.labels, "metadata": self.metadata, "command": self.command,
-            "cwd": self.cwd, "stdin": self.stdin, "pty": self.pty, "activity": None,
-            "output": {"stdout": {"first_offset": first[0], "end_offset": first[1]},
-                       "stderr": {"first_offset": second[0], "end_offset": second[1]}}}
+            "cwd": self.cwd, "stdin": self.stdin, "pty": self.pty, "activity": None, "output": self.kept()}
 
     def info_json(self) -> str:
         """Return `info` as JSON text, from memory while nothing has changed: lists are asked for often."""
@@ -131,6 +129,11 @@ class Agent:
         if not self._json or self._spans != spans:
             self._json, self._spans = encode_text(self.info()), spans
         return self._json
+
+    def kept(self) -> Json:
+        """Return which bytes of its output are kept."""
+        return {stream: {"first_offset": first, "end_offset": end}
+                for stream, (first, end) in zip(("stdout", "stderr"), self._output_spans())}
 
     def _output_spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return self.output.span("stdout"), self.output.span("stderr")
@@ -148,5 +151,5 @@ def new_record(**known: Any) -> Json:
     """Return the record of an agent that was just asked for."""
     record: Json = {key: None for key in STORED}
     record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", "began": 0.0,
-                   "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, **known})
+                   "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, "told": {}, **known})
     return record

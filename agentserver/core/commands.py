@@ -16,8 +16,9 @@ from . import process, tree
 from .agent import Agent
 from .facts import Facts
 from .feed import Subscriber
+from .pushing import whole_characters
 from .registry import Ask
-from .run import STREAMS, whole_characters
+from .run import STREAMS
 from .supervisor import Supervisor
 
 #: commands that do something, and are therefore done once per request id
@@ -183,17 +184,27 @@ class Commands:
         return data[:whole_characters(data[:most])]
 
     def _standing(self, agent: Agent, stream: str) -> int:
-        if agent.run is not None and agent.run.is_open(stream):
-            return agent.run.shown(stream)
-        return agent.output.span(stream)[1]
+        return self._supervisor.pushing.shown(agent.id, stream, agent.output)
 
     def announce(self, topic: str, subscriber: Subscriber) -> None:
-        """Tell a new subscriber of one stream where it stands, so that it knows what to read first."""
-        agent_id, _, stream = topic.rpartition(".")
-        agent = self._supervisor.agents.get(agent_id)
-        if agent is not None and stream in STREAMS:
+        """Tell a subscriber where a topic stands: a stream or both of an agent, its status, or all events. So it
+        knows what to read first, and what it has lost."""
+        if topic in ("", "server"):
+            return self._supervisor.greet(subscriber)
+        name, _, stream = topic.rpartition(".")
+        agent = self._supervisor.agents.get(stream if name == "status" else name)
+        if agent is not None and name == "status":
+            self._supervisor.beat(agent, subscriber)
+        elif agent is not None:
+            for each in STREAMS if not stream else (stream,):
+                self._announce_stream(agent, each, subscriber)
+
+    def _announce_stream(self, agent: Agent, stream: str, subscriber: Subscriber) -> None:
+        if stream in STREAMS:
+            at = self._standing(agent, stream)
             over = agent.run is None or not agent.run.is_open(stream)
-            self._supervisor.feed.output(agent.id, stream, b"", self._standing(agent, stream), over, only=subscriber)
+            self._supervisor.feed.output(agent.id, stream, b"", at, over and at == agent.output.span(stream)[1],
+                                         only=subscriber)
 
 
 def _process(pid: int) -> Json:

@@ -5,7 +5,8 @@ Runs in: the core's thread; nothing here blocks.
 Unaware: of what requests mean; they go through `Desk.handle`.
 
 A peer that does not read its replies is not read from any more; one that does not read its events
-loses some (they are hints). So no peer can make us hold more than a bounded amount for it.
+loses some (they are hints), and is told where as soon as it reads again. So no peer can make us hold
+more than a bounded amount for it.
 """
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from .reactor import READ, WRITE, Reactor
 PIECE = 128 * 1024            # bytes read at once
 PER_TURN = 64                 # requests of one connection in one turn, so that others get theirs
 UNSENT_MOST = 16 * 1024 * 1024  # bytes of replies that may wait before we stop reading
+MISSED_MOST = 10_000          # topics of which it is remembered that something was dropped
 
 
 class Desk(Protocol):
@@ -43,6 +45,12 @@ class Desk(Protocol):
     def dirty(self, connection: "Connection") -> None:
         """This connection has something to send at the end of the turn."""
 
+    def dropped(self) -> None:
+        """One event was not pushed."""
+
+    def caught_up(self, connection: "Connection", missed: list[str]) -> None:
+        """The peer reads again; of these topics something was dropped."""
+
     def gone(self, connection: "Connection") -> None:
         """This connection is closed."""
 
@@ -50,8 +58,8 @@ class Desk(Protocol):
 class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
-    __slots__ = ("_desk", "_eof", "_frames", "_inbox", "_lines", "_out", "_peers", "_sock", "_unsent", "_watch",
-                 "dropped", "name", "shell", "topics")
+    __slots__ = ("_desk", "_eof", "_frames", "_inbox", "_lines", "_missed", "_out", "_peers", "_sock", "_unsent",
+                 "_watch", "name", "shell", "topics")
 
     def __init__(self, sock: socket.socket, name: str, desk: Desk) -> None:
         self._sock, self.name, self._desk = sock, name, desk
@@ -63,7 +71,7 @@ class Connection:
         self._eof = False    # the peer sends nothing more; it may still want its replies
         self._peers: dict[bytes, Peer] = {}
         self.topics: tuple[str, ...] = ()
-        self.dropped = 0     # events that this peer was too slow for
+        self._missed: dict[str, None] = {}  # topics of which this peer was too slow for something
         self.shell: Json | None = None
         self._watch = desk.reactor.watch(sock.fileno(), READ, self._ready)
 
@@ -140,12 +148,19 @@ class Connection:
 
     # ------------------------------------------------------------ out
 
-    def push(self, topic: bytes, body: bytes) -> None:
-        """Queue one event, or drop it when too much waits already."""
-        if self._unsent > self._desk.backlog_bytes:
-            self.dropped += 1
+    @property
+    def room(self) -> bool:
+        """Whether output may be pushed: it takes a part of the backlog only, and leaves the rest to events."""
+        return self._unsent <= self._desk.backlog_bytes // 4
+
+    def push(self, topic: str, body: bytes, hint: bool = True) -> None:
+        """Queue one event, or drop it when too much waits already: hints sooner than what is stored."""
+        if self._unsent > self._desk.backlog_bytes // (2 if hint else 1):
+            self._desk.dropped()
+            if len(self._missed) < MISSED_MOST:
+                self._missed[topic] = None
             return
-        self._send(body + b"\n" if self._lines is not None else framing.frame(0, topic, body))
+        self._send(body + b"\n" if self._lines is not None else framing.frame(0, topic.encode(), body))
         self._desk.dirty(self)
 
     def _send(self, data: bytes) -> None:
@@ -171,6 +186,9 @@ class Connection:
         if self._eof and not self._out and not self._inbox:
             self.close()
             return
+        if self._missed and self.room:
+            missed, self._missed = list(self._missed), {}
+            self._desk.caught_up(self, missed)
         reading = READ if not self._eof and self._unsent <= UNSENT_MOST and len(self._inbox) < PER_TURN else 0
         self._desk.reactor.change(self._watch, reading | (WRITE if self._out else 0))
 

@@ -24,6 +24,8 @@ from .feed import Subscriber
 from .registry import Ask
 from .supervisor import Supervisor
 
+HEAD_BYTES = 1024  # of a reply, beside its list
+
 
 class Peer(NamedTuple):
     """Who asks. `subscriber` is set on links that can be sent events."""
@@ -210,13 +212,22 @@ class Control:
                 if labels <= agent.labels.items() and agent.terminal == ended]
 
     def _events(self, request: m.EventsRequest, ask: Ask, peer: Peer) -> Done:
-        agent_id = self._supervisor.find(request.agent_id).id if request.agent_id else None
-        found = self._registry.events(request.since, request.limit + 1, agent_id)
-        more, found = len(found) > request.limit, found[:request.limit]
+        found = self._registry.events(request.since, request.limit + 1, self._agent_of_events(request.agent_id))
+        fit = _that_fit(found[:request.limit], self._limit - HEAD_BYTES)
+        more, found = fit < len(found), found[:fit]
         last = decode(found[-1].encode())["sequence"] if found else min(request.since, self._registry.sequence)
         head = {"type": request.reply, "request_id": ask.request_id, "success": True, "next": last,
                 "first_kept": self._registry.first_kept, "more": more}
         return Done(_with_list(head, "events", found))
+
+    def _agent_of_events(self, ref: str | None) -> str | None:
+        """Return the agent whose events are asked for; its id does when it is forgotten itself."""
+        try:
+            return ref and self._supervisor.find(ref).id
+        except RequestError:
+            if ref is None or not ref.isascii() or not self._registry.has_events_of(ref):
+                raise
+            return ref
 
     def _subscribe(self, request: m.SubscribeRequest, ask: Ask, peer: Peer) -> Json:
         if peer.subscriber is None:
@@ -228,8 +239,12 @@ class Control:
         if request.since is not None:
             self._feed.replay(peer.subscriber, request.since)
         for topic in dict.fromkeys([*new, *request.announce]):
-            self._commands.announce(topic, peer.subscriber)
+            self.announce(topic, peer.subscriber)
         return {"topics": list(peer.subscriber.topics), "sequence": self._registry.sequence}
+
+    def announce(self, topic: str, subscriber: Subscriber) -> None:
+        """Tell a subscriber where a topic stands."""
+        self._commands.announce(topic, subscriber)
 
     def _shutdown(self, request: m.ShutdownRequest, ask: Ask, peer: Peer) -> Json:
         self._on_shutdown(request, ask)
@@ -270,6 +285,16 @@ def _failure(reply_type: str, request_id: str | None, error: str, code: str) -> 
 def _with_list(head: Json, name: str, items: list[str]) -> bytes:
     """Return a reply with a list whose items are JSON text already."""
     return b'%s,"%s":[%s]}' % (encode(head)[:-1], name.encode("ascii"), ",".join(items).encode("ascii"))
+
+
+def _that_fit(items: list[str], most: int) -> int:
+    """Return how many of the items fit into so many bytes; one at least, since whoever asks must come on."""
+    size = 0
+    for count, item in enumerate(items):
+        size += len(item) + 1
+        if size > most and count:
+            return count
+    return len(items)
 
 
 class _Success:

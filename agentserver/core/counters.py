@@ -11,7 +11,7 @@ import os
 import struct
 
 NAMES = ("requests", "spawn_requests", "successful_spawns", "failed_spawns", "control_commands",
-         "list_requests", "health_checks", "errors", "bytes_captured")
+         "list_requests", "health_checks", "errors", "bytes_captured", "messages_pushed", "messages_dropped")
 _HEAD = 8  # the start time of the server that these numbers belong to
 _NUMBER = struct.Struct("<q")
 _STAMP = struct.Struct("<d")
@@ -24,8 +24,9 @@ class Counters:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         size = _HEAD + _NUMBER.size * len(NAMES)
         try:
-            if os.fstat(fd).st_size < size:  # written, not truncated: a hole is a SIGBUS on a full disk
-                os.pwrite(fd, bytes(size), 0)
+            have = os.fstat(fd).st_size  # less in a file of a version that counted less
+            if have < size:  # written, not truncated: a hole is a SIGBUS on a full disk
+                os.pwrite(fd, bytes(size - have), have)
             self._map = mmap.mmap(fd, size)
         finally:
             os.close(fd)

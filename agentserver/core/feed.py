@@ -11,9 +11,10 @@ the sequence, and reads the truth. What nobody subscribed to is not produced.
 from __future__ import annotations
 
 import time
-from typing import Callable, Iterable, Protocol
+from typing import Callable, Iterable, NamedTuple, Protocol
 
-from ..wire import Json, encode, rfc3339, wire_text
+from ..wire import Json, encode, encode_text, json_data, rfc3339
+from .counters import Counters
 from .registry import Registry
 
 REPLAY_MOST = 10_000  # events; who needs more pages through events_request
@@ -24,18 +25,31 @@ class Subscriber(Protocol):
 
     topics: tuple[str, ...]
 
-    def push(self, topic: bytes, body: bytes) -> None:
-        """Send one event, or drop it when too much waits already."""
+    @property
+    def room(self) -> bool:
+        """Whether it takes output now; what it does not take then is lost to it."""
+
+    def push(self, topic: str, body: bytes, hint: bool = True) -> None:
+        """Send one message, or drop it when too much waits already; hints sooner than stored events."""
+
+
+class _Waiting(NamedTuple):
+    topic: str
+    body: bytes
+    hint: bool
 
 
 class Feed:
-    """See the module."""
+    """See the module. `server_id` and `generation` are what a `server_update` says of the server."""
 
-    def __init__(self, registry: Registry, now: Callable[[], float] = time.time) -> None:
-        self._registry, self._now = registry, now
+    def __init__(self, registry: Registry, counters: Counters, server_id: str, generation: int,
+                 now: Callable[[], float] = time.time) -> None:
+        self._registry, self._counters, self._now = registry, counters, now
+        self._server: Json = {"type": "server_update", "topic": "server", "server_id": server_id,
+                              "generation": generation}
         self._subscribers: list[Subscriber] = []
         self._routes: dict[str, tuple[Subscriber, ...]] = {}
-        self._waiting: list[tuple[str, bytes]] = []
+        self._waiting: list[_Waiting] = []
 
     # ------------------------------------------------------------ who listens
 
@@ -53,6 +67,11 @@ class Feed:
         """Whether anybody listens to anything."""
         return bool(self._subscribers)
 
+    @property
+    def topics(self) -> set[str]:
+        """What anybody asked for."""
+        return {topic for subscriber in self._subscribers for topic in subscriber.topics}
+
     def wanted(self, topic: str) -> tuple[Subscriber, ...]:
         """Return who listens to a topic."""
         if not self._subscribers:
@@ -64,74 +83,79 @@ class Feed:
             route = self._routes[topic] = tuple(s for s in self._subscribers if topic.startswith(s.topics))
         return route
 
-    # ------------------------------------------------------------ what is told
+    # ------------------------------------------------------------ stored events
 
     def agent_event(self, agent_id: str, update_type: str, status: str, message: str, data: Json | None = None) -> None:
         """Store and publish a change of one agent."""
-        at = self._now()
-        self._store(at, agent_id, f"status.{agent_id}", {
-            "type": "status_update", "topic": f"status.{agent_id}", "agent_id": agent_id, "update_type": update_type,
-            "status": status, "message": message, "data": data or {}, "timestamp": rfc3339(at)})
+        self._store(agent_id, self._status_update(agent_id, update_type, status, message, data or {}))
 
-    def server_event(self, server_id: str, state: str, active: int) -> None:
+    def server_event(self, state: str, active: int) -> None:
         """Store and publish a change of the server's own state."""
-        at = self._now()
-        self._store(at, None, "server", self._server_update(server_id, state, active, at))
+        self._store(None, self._server_update("status_changed", state, active))
 
-    def _store(self, at: float, agent_id: str | None, topic: str, message: Json) -> None:
-        text = self._registry.add_event(at, agent_id, message)
-        if self.wanted(topic):
-            self._waiting.append((topic, text.encode("ascii")))
-
-    def heartbeat(self, agent_id: str, update_type: str, status: str) -> None:
-        """Hint that an agent is there (`heartbeat`) or has written something (`output_available`)."""
-        topic = f"status.{agent_id}"
-        if self.wanted(topic):
-            self._hint(topic, {
-                "type": "status_update", "topic": topic, "agent_id": agent_id, "update_type": update_type,
-                "status": status, "message": "", "data": {}, "timestamp": rfc3339(self._now()),
-                "sequence": self._registry.sequence})
-
-    def server_heartbeat(self, server_id: str, state: str, active: int) -> None:
-        """Hint that the server is there."""
-        if self.wanted("server"):
-            self._hint("server", {**self._server_update(server_id, state, active, self._now()),
-                                  "sequence": self._registry.sequence})
-
-    def _server_update(self, server_id: str, state: str, active: int, at: float) -> Json:
-        return {"type": "server_update", "topic": "server", "server_id": server_id, "state": state,
-                "active_agents": active, "timestamp": rfc3339(at)}
-
-    def _hint(self, topic: str, message: Json) -> None:
-        self._waiting.append((topic, encode(message)))
-
-    def output(self, agent_id: str, stream: str, data: bytes, offset: int, eof: bool,
-               only: Subscriber | None = None) -> None:
-        """Publish bytes of a stream; with `only`, tell one new subscriber where the stream stands."""
-        topic = f"{agent_id}.{stream}"
-        text, encoding = wire_text(data)
-        body = encode({
-            "type": "log_stream", "topic": topic, "agent_id": agent_id, "stream_type": stream, "data": text,
-            "encoding": encoding, "timestamp": rfc3339(self._now()), "offset": offset,
-            "next_offset": offset + len(data), "eof": eof, "sequence": self._registry.sequence})
-        if only is not None:
-            only.push(topic.encode(), body)
-        else:
-            self._waiting.append((topic, body))
+    def _store(self, agent_id: str | None, message: Json) -> None:
+        text = self._registry.add_event(self._now(), agent_id, message)
+        if text and self.wanted(message["topic"]):
+            self._waiting.append(_Waiting(message["topic"], text.encode("ascii"), hint=False))
 
     def replay(self, subscriber: Subscriber, since: int) -> None:
         """Send a subscriber the stored events of its topics after `since`, up to `REPLAY_MOST` of them."""
         for text in self._registry.events(since, REPLAY_MOST):
             topic = text.partition('"topic":"')[2].partition('"')[0]
             if topic.startswith(subscriber.topics):
-                subscriber.push(topic.encode(), text.encode("ascii"))
+                subscriber.push(topic, text.encode("ascii"), hint=False)
 
-    def flush(self) -> None:
-        """Push what this turn produced; the service calls it after the commit."""
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for topic, body in waiting:
-                for subscriber in self.wanted(topic):
-                    subscriber.push(topic.encode(), body)
+    # ------------------------------------------------------------ hints
 
+    def heartbeat(self, agent_id: str, update_type: str, status: str, output: Json,
+                  only: Subscriber | None = None) -> None:
+        """Hint that an agent is known (`heartbeat`) or has written something (`output_available`), and how far."""
+        if only is not None or self.wanted(f"status.{agent_id}"):
+            self._hint(self._status_update(agent_id, update_type, status, "", {"output": output}), only)
 
+    def server_heartbeat(self, state: str, active: int, only: Subscriber | None = None) -> None:
+        """Hint that the server is there, and which event is the latest."""
+        if only is not None or self.wanted("server"):
+            self._hint(self._server_update("heartbeat", state, active), only)
+
+    def _hint(self, message: Json, only: Subscriber | None) -> None:
+        topic, body = message["topic"], encode({**message, "sequence": self._registry.sequence})
+        if only is None:
+            self._waiting.append(_Waiting(topic, body, hint=True))
+        else:
+            self._push(topic, body, True, (only,))
+
+    def _status_update(self, agent_id: str, update_type: str, status: str, message: str, data: Json) -> Json:
+        return {"type": "status_update", "topic": f"status.{agent_id}", "agent_id": agent_id,
+                "update_type": update_type, "status": status, "message": message, "data": data,
+                "timestamp": rfc3339(self._now())}
+
+    def _server_update(self, update_type: str, state: str, active: int) -> Json:
+        return {**self._server, "update_type": update_type, "state": state, "active_agents": active,
+                "timestamp": rfc3339(self._now())}
+
+    def output(self, agent_id: str, stream: str, data: bytes, offset: int, eof: bool,
+               only: Subscriber | None = None) -> None:
+        """Push bytes of a stream; with `only`, tell one subscriber where the stream stands."""
+        topic = f"{agent_id}.{stream}"
+        text, encoding = json_data(data)
+        head = encode_text({
+            "type": "log_stream", "topic": topic, "agent_id": agent_id, "stream_type": stream, "encoding": encoding,
+            "timestamp": rfc3339(self._now()), "offset": offset, "next_offset": offset + len(data), "eof": eof,
+            "sequence": self._registry.sequence})
+        self._push(topic, b'%s,"data":%s}' % (head[:-1].encode("ascii"), text), True,
+                   self.wanted(topic) if only is None else (only,))
+
+    # ------------------------------------------------------------ pushing
+
+    def flush(self, durable: bool) -> None:
+        """Push what this turn produced; the service calls it after the commit. What is not on disk is not told."""
+        waiting, self._waiting = self._waiting, []
+        for topic, body, hint in waiting:
+            if hint or durable:
+                self._push(topic, body, hint, self.wanted(topic))
+
+    def _push(self, topic: str, body: bytes, hint: bool, listeners: Iterable[Subscriber]) -> None:
+        self._counters.add("messages_pushed")
+        for subscriber in listeners:
+            subscriber.push(topic, body, hint)

@@ -51,7 +51,7 @@ class OutputLog:
     """
 
     __slots__ = ("_directory", "_cap", "_segment_bytes", "_now", "_out", "_err", "_index",
-                 "_writing", "_since", "_at", "_retry_at", "trouble")
+                 "_writing", "_since", "_at", "_retry_at", "losses", "trouble")
 
     def __init__(self, directory: str, cap_bytes: int, *, now: Callable[[], float] = time.time,
                  segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -67,6 +67,8 @@ class OutputLog:
         self._since = 0.0                           # when the first of them was written
         self._at = 0.0                              # when the last output was written
         self._retry_at = 0.0
+        #: how often bytes went or could not be recorded, since we were made
+        self.losses = 0
         #: the sentence of the last failure to record, None once recording has worked again for a while
         self.trouble: str | None = None
         self._recover()
@@ -129,6 +131,7 @@ class OutputLog:
         if len(rest):
             s.lose(len(rest))
             self._mark(s)
+            self.losses += 1
 
     def _count(self, s: _Stream, count: int) -> None:
         """Account for `count` bytes that are in the open segment now."""
@@ -229,6 +232,7 @@ class OutputLog:
 
     def _drop_oldest(self, s: _Stream) -> None:
         quietly(os.unlink, self._path(s, s.drop_oldest()))
+        self.losses += 1
 
     def _recover(self) -> None:
         """Find out from the directory what is there."""
@@ -248,6 +252,16 @@ class OutputLog:
         """Return the first kept offset and the end offset."""
         s = self._stream(stream)
         return s.first, s.end
+
+    def gaps(self, stream: str, after: int) -> list[tuple[int, int]]:
+        """Return (first, end) of the bytes at or after `after` that are missing between kept ones or at the end."""
+        s = self._stream(stream)
+        found, at = [], max(after, s.first)
+        for start, size in s.segments_from(at):
+            if start > at:
+                found.append((at, start))
+            at = start + size
+        return found + [(at, s.end)] if at < s.end else found
 
     def disk_bytes(self) -> int:
         """Return the bytes in all files, the index included."""

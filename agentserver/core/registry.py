@@ -37,8 +37,8 @@ CREATE INDEX IF NOT EXISTS events_by_agent ON events (agent_id, sequence);
 CREATE TABLE IF NOT EXISTS quarantine (at REAL, source TEXT, why TEXT, content TEXT);
 """
 REQUEST_SECS = 24 * 3600.0
-EVENT_SECS = 7 * 86400.0
 QUEUE_MOST = 100_000  # statements that wait while the disk refuses
+TRIM_EVERY = 50  # events; between two looks whether there are too many
 
 
 class Ask(NamedTuple):
@@ -64,8 +64,10 @@ class Remembered(NamedTuple):
 class Registry:
     """See the module. `say` gets a sentence whenever something had to be repaired or put aside."""
 
-    def __init__(self, path: str, say: Callable[[str], None], now: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, say: Callable[[str], None], events_kept: int, events_secs: float,
+                 requests_kept: int, now: Callable[[], float] = time.time) -> None:
         self._say, self._now = say, now
+        self._events_kept, self._events_secs, self._requests_kept = events_kept, events_secs, requests_kept
         self._queue: list[tuple[str, tuple[Any, ...]]] = []
         self._written = False   # since the last checkpoint
         self._fresh: dict[str, Remembered] = {}  # by request id, of what is in the queue
@@ -73,8 +75,9 @@ class Registry:
         #: why the last commit failed, or ""
         self.trouble = ""
         self._db = self._open(path)
-        self.sequence = int(self._one("SELECT max(sequence) FROM events") or 0)
-        self.sequence = max(self.sequence, int(self.get("sequence") or 0))
+        self._given = max(int(self._one("SELECT max(sequence) FROM events") or 0), int(self.get("sequence") or 0))
+        #: the number of the newest event that is on disk
+        self.sequence = self._given
 
     # ------------------------------------------------------------ opening
 
@@ -136,7 +139,7 @@ class Registry:
             return False
         self._queue.clear()
         self._fresh.clear()
-        self._written = True
+        self._written, self.sequence = True, self._given
         if self.trouble:
             self._say("the registry can be written again")
             self.trouble = ""
@@ -249,10 +252,15 @@ class Registry:
     # ------------------------------------------------------------ events
 
     def add_event(self, at: float, agent_id: str | None, message: Json) -> str:
-        """Give an event the next number of the server-wide sequence, keep it, and return it as JSON text."""
-        self.sequence += 1
-        text = encode_text({**message, "sequence": self.sequence})
-        self._write("INSERT INTO events VALUES (?, ?, ?, ?)", self.sequence, at, agent_id, text)
+        """Give an event the next number of the server-wide sequence, keep it, and return it as JSON text; "" when
+        too much waits for the disk already: no number is given in vain."""
+        if len(self._queue) >= QUEUE_MOST:
+            return ""
+        self._given += 1
+        text = encode_text({**message, "sequence": self._given})
+        self._write("INSERT INTO events VALUES (?, ?, ?, ?)", self._given, at, agent_id, text)
+        if self._given % TRIM_EVERY == 0:
+            self._write("DELETE FROM events WHERE sequence <= ?", self._given - self._events_kept)
         return text
 
     def events(self, since: int, limit: int, agent_id: str | None = None) -> list[str]:
@@ -266,15 +274,23 @@ class Registry:
         """The oldest sequence that can be asked for; one past the last when none is kept."""
         return int(self._one("SELECT min(sequence) FROM events") or self.sequence + 1)
 
+    def has_events_of(self, agent_id: str) -> bool:
+        """Whether events of an agent are kept, which may itself be forgotten."""
+        return bool(self._rows("SELECT 1 FROM events WHERE agent_id = ? LIMIT 1", agent_id))
+
     # ------------------------------------------------------------ bounds
 
-    def trim(self, events_kept: int, requests_kept: int) -> None:
-        """Drop what is past its time or its number."""
+    def trim(self) -> None:
+        """Drop what is past its time or its number; of the events always the oldest, so that no gap can arise."""
         now = self._now()
-        self.put("sequence", str(self.sequence))
-        self._write("DELETE FROM events WHERE sequence <= ? OR at < ?", self.sequence - events_kept, now - EVENT_SECS)
+        self.put("sequence", str(self._given))
+        young = self._one("SELECT sequence FROM events WHERE at >= ? ORDER BY sequence LIMIT 1",
+                          now - self._events_secs)
+        self._write("DELETE FROM events WHERE sequence < ?",
+                    max(self._given + 1 if young is None else young, self._given + 1 - self._events_kept))
         self._write("DELETE FROM requests WHERE agent_id IS NULL AND (at < ? OR at <= (SELECT at FROM requests "
-                    "WHERE agent_id IS NULL ORDER BY at DESC LIMIT 1 OFFSET ?))", now - REQUEST_SECS, requests_kept)
+                    "WHERE agent_id IS NULL ORDER BY at DESC LIMIT 1 OFFSET ?))",
+                    now - REQUEST_SECS, self._requests_kept)
         self._write("DELETE FROM begun WHERE at < ?", now - REQUEST_SECS)
         self.commit()
 

@@ -15,9 +15,9 @@ from typing import Callable, Mapping, Protocol
 
 from . import tree
 from .counters import Counters
-from .feed import Feed
-from .output import OutputLog, OutputRead
+from .output import OutputLog
 from .process import Ended
+from .pushing import Pushing
 from .reactor import READ, Reactor, Timer, Watch
 from .stdin import Stdin
 from .terminal import Terminal
@@ -32,21 +32,21 @@ class Desk(Protocol):
     """What a run needs from around it."""
 
     reactor: Reactor
-    feed: Feed
+    pushing: Pushing
     counters: Counters
 
     def release(self, agent_id: str, names: list[str]) -> None:
         """The keeper need not hold these any longer."""
 
-    def disk_trouble(self, agent_id: str, why: str) -> None:
-        """Output could not be recorded."""
+    def output_lost(self, agent_id: str) -> None:
+        """Output was dropped for the cap, or could not be recorded."""
 
 
 class Run:
     """See the module. `ends` are what `process.ends` made, or what a core before us has left of it."""
 
-    __slots__ = ("_agent_id", "_desk", "_fds", "_shown", "_watches", "_wide",
-                 "ended", "leaked", "ladder", "limit", "output", "pidfd", "shared", "stdin", "terminal", "trouble")
+    __slots__ = ("_agent_id", "_desk", "_fds", "_losses", "_watches", "_wide",
+                 "ended", "leaked", "ladder", "limit", "output", "pidfd", "shared", "stdin", "terminal")
 
     def __init__(self, agent_id: str, ends: Mapping[str, int], terminal: Terminal | None, output: OutputLog,
                  stdin: Stdin, desk: Desk) -> None:
@@ -61,13 +61,12 @@ class Run:
         self._wide: set[str] = set()         # streams whose pipe was made larger
         self._watches = {name: desk.reactor.watch(fd, READ, self._reader(name), bulk=True)
                          for name, fd in self._fds.items()}
-        self._shown = {name: output.span(name)[1] for name in STREAMS}
+        self._losses = output.losses         # that were seen
         self.ladder: Timer | None = None     # the next rung of the stop ladder
         self.limit: Timer | None = None      # when limits.runtime_secs is reached
         self.ended: Ended | None = None      # set when the leader was reaped
         self.leaked: dict[int, str] = {}     # pid -> command of what had to be killed
         self.pidfd: Watch | None = None      # where nobody of ours is the leader's parent
-        self.trouble = ""
         if terminal is not None and terminal.waiting:  # left in the relay, which wakes nobody
             self._capture("stdout")
 
@@ -89,11 +88,10 @@ class Run:
         if moved >= PIPE_BYTES and name not in self._wide and self.terminal is None:
             self._widen(name)
         self._desk.counters.add("bytes_captured", moved)
-        if self.output.trouble and not self.trouble:
-            self._desk.disk_trouble(self._agent_id, self.output.trouble)
-        self.trouble = self.output.trouble or ""
-        if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
-            self._publish(name, moved)
+        self._desk.pushing.grown(self._agent_id, name, self.output, moved)
+        if self.output.losses != self._losses:
+            self._losses = self.output.losses
+            self._desk.output_lost(self._agent_id)
         return True
 
     def _widen(self, name: str) -> None:
@@ -104,27 +102,8 @@ class Run:
         except OSError:  # not Linux, or this user's pipes hold too much already
             pass
 
-    def _publish(self, name: str, moved: int) -> None:
-        """Tell subscribers what was captured, from what they were told last, whole characters where possible."""
-        end = self.output.span(name)[1]
-        start = self._shown[name]
-        if not end - moved - 4 < start <= end:  # nobody listened for a while
-            start = end - moved
-        got = self._read(name, start, end)
-        data = got.data[:whole_characters(got.data)]
-        self._shown[name] = got.offset + len(data)
-        if data:
-            self._desk.feed.output(self._agent_id, name, data, got.offset, eof=False)
-
-    def _read(self, name: str, start: int, end: int) -> OutputRead:
-        """Read back what is to be published; nothing if it cannot be read for now, since this is but a hint."""
-        try:
-            return self.output.read(name, start, end - start)
-        except OSError:
-            return OutputRead(b"", end, end, start, 0)
-
     def _end_of(self, name: str) -> None:
-        """The stream is over: tell what was held back, and that nothing follows."""
+        """The stream is over."""
         self._desk.reactor.unwatch(self._watches.pop(name))
         fd = self._fds.pop(name)  # the keeper's copy of a read end can stay: it does not delay anybody's EOF
         if self.terminal is None:
@@ -132,18 +111,9 @@ class Run:
         else:
             self.stdin.abandon()
             self.terminal.close()
-        end = self.output.span(name)[1]
-        if self._desk.feed.wanted(f"{self._agent_id}.{name}"):
-            start = self._shown[name] if end - 4 < self._shown[name] <= end else end
-            data = self._read(name, start, end).data
-            self._desk.feed.output(self._agent_id, name, data, end - len(data), eof=True)
+        self._desk.pushing.ended(self._agent_id, name, self.output)
         if not self._fds:
             self._desk.reactor.after(0, self.output.close)  # files can wait until the end has been told
-
-    def shown(self, name: str) -> int:
-        """Return the offset from which the next published bytes of a stream will be."""
-        end = self.output.span(name)[1]
-        return self._shown[name] if end - 4 < self._shown[name] <= end else end
 
     def descriptors(self) -> dict[str, int]:
         """Return what a keeper has to hold for the next core."""
@@ -184,14 +154,3 @@ class Run:
         for timer in (self.ladder, self.limit):
             if timer is not None:
                 timer.cancel()
-
-
-def whole_characters(data: bytes) -> int:
-    """Return how many bytes of `data` do not end within a UTF-8 character (RFC 3629); all if none would be left."""
-    for back in range(1, min(3, len(data) - 1) + 1):
-        byte = data[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        needs = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-        return len(data) - back if needs > back else len(data)
-    return len(data)

@@ -31,6 +31,7 @@ from .feed import Feed
 from .lastwords import LastWords
 from .lock import held
 from .log import Log
+from .pushing import Pushing
 from .reactor import READ, WRITE, Reactor
 from .registry import Ask, Registry, check_registry
 from .supervisor import SERVER, Supervisor
@@ -40,7 +41,7 @@ from .witness import Witness
 CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
 LINGER_SECS = 1.0  # at most, for clients that listen, after the last agent has ended
 YIELDED = 3     # exit code of a core that left its work to a successor
-TRIM_SECS = 600.0  # between two looks at what of the registry is past its time
+TRIM_SECS = 600.0  # between two looks at what of the registry is past its time; or `events_secs`, if that is less
 
 
 class Service:
@@ -53,17 +54,18 @@ class Service:
         process.raise_descriptor_limit()
         process.reserve()
         self.reactor = Reactor()
-        self.registry = Registry("registry.db", say)
+        self.registry = Registry("registry.db", say, config.events_kept, config.events_secs, config.requests_kept)
         self.counters = Counters("counters.bin", started["started_at"])
         self._config = self._named(config)
-        feed = Feed(self.registry)
         self.facts = Facts(self._config, started)
+        feed = Feed(self.registry, self.counters, self._config.server_id, self.facts.generation)
+        self._pushing = Pushing(feed)
         self._keeper = Keeper(channel, started["keeper_pid"])
         self._last_words = LastWords("ends.jsonl")
         self._witness = Witness(os.path.join(config.state_dir, "spawning"))
         family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
-        self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self.counters, os.environ,
-                                     started["nofile"], family, self._last_words,
+        self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self._pushing,
+                                     self.counters, os.environ, started["nofile"], family, self._last_words,
                                      self._witness, self._keeper, say)
         self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper)
         self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, self._on_reload,
@@ -96,7 +98,7 @@ class Service:
         left.ends.update({pid: End(0, False, ended) for pid, ended in self._last_words.before.items()})
         self._known += left.ends
         self._adoption.load(left, self._witness)
-        self.registry.trim(self.config.events_kept, self.config.requests_kept)
+        self.registry.trim()
         self.supervisor.announce("up")
         self.registry.commit()
         self.reactor.on_signal(signal.SIGCHLD, self.supervisor.ending.reap)
@@ -106,7 +108,7 @@ class Service:
         self._listen()
         self._channel_watch = self.reactor.watch(self._keeper.channel.fileno(), READ, self._on_channel)
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
-        self.reactor.after(TRIM_SECS, self._trim)
+        self.reactor.after(min(TRIM_SECS, self.config.events_secs), self._trim)
         self.supervisor.ending.reap()
         self._keeper.channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
         self._hear([*self._keeper.words, *self._keeper.channel.pending()])
@@ -224,7 +226,8 @@ class Service:
 
     def _end_of_turn(self) -> None:
         self.supervisor.family.stale()
-        if not self.registry.commit():
+        durable = self.registry.commit()
+        if not durable:
             self._take_back()
         else:
             self.supervisor.committed()
@@ -233,7 +236,9 @@ class Service:
                 while self._known:
                     self._keeper.known(self._known.pop())
         self.control.remembers = False
-        self._feed.flush()
+        if self._pushing.flush():
+            self.reactor.after(0, _more)
+        self._feed.flush(durable)
         self.reactor.change(self._channel_watch, READ | (WRITE if self._keeper.channel.unsent else 0))
         if self._dirty:
             dirty, self._dirty = self._dirty, {}
@@ -255,8 +260,8 @@ class Service:
         self.registry.checkpoint()
 
     def _trim(self) -> None:
-        self.reactor.after(TRIM_SECS, self._trim)
-        self.registry.trim(self.config.events_kept, self.config.requests_kept)
+        self.reactor.after(min(TRIM_SECS, self.config.events_secs), self._trim)
+        self.registry.trim()
 
     # ------------------------------------------------------------ connections (connection.Desk)
 
@@ -284,6 +289,17 @@ class Service:
         """Send what this connection has, at the end of the turn."""
         self._dirty[connection] = None
 
+    def dropped(self) -> None:
+        """Count a message that somebody was too slow for."""
+        self.counters.add("messages_dropped")
+
+    def caught_up(self, connection: Connection, missed: list[str]) -> None:
+        """Tell who was too slow where the topics stand of which something was dropped."""
+        def tell() -> None:
+            for topic in missed if connection in self._connections else ():
+                self.control.announce(topic, connection)
+        self.reactor.after(0, tell)
+
     def gone(self, connection: Connection) -> None:
         """Forget a closed connection."""
         self._connections.discard(connection)
@@ -299,6 +315,10 @@ class Service:
         return {"started_at": rfc3339(self.facts.started_at), "uptime_secs": self.facts.uptime(),
                 **{name: self.counters.get(name) for name in NAMES},
                 "active_agents": self.supervisor.active, "agents_by_status": by_status, **self.facts.usage()}
+
+
+def _more() -> None:
+    """Nothing but another turn."""
 
 
 def peer_pid(sock: socket.socket) -> int:

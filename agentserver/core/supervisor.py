@@ -21,9 +21,11 @@ from .agent import Agent, new_record
 from .counters import Counters
 from .ending import Ending, exit_record
 from .family import Family
-from .feed import Feed
+from .feed import Feed, Subscriber
 from .lastwords import LastWords
+from .losses import Losses
 from .output import OutputLog
+from .pushing import Pushing
 from .reactor import Reactor
 from .registry import Ask, Registry
 from .run import Run
@@ -39,10 +41,11 @@ KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its wor
 class Supervisor:
     """See the module. Everything it needs from outside is an argument."""
 
-    def __init__(self, config: ServerConfig, reactor: Reactor, registry: Registry, feed: Feed, counters: Counters,
-                 environ: Mapping[str, str], nofile: int, family: Family, last_words: LastWords,
+    def __init__(self, config: ServerConfig, reactor: Reactor, registry: Registry, feed: Feed, pushing: Pushing,
+                 counters: Counters, environ: Mapping[str, str], nofile: int, family: Family, last_words: LastWords,
                  witness: Witness, keeper: Keeper, say: Callable[[str], None]) -> None:
-        self.config, self.reactor, self.registry, self.feed, self.counters = config, reactor, registry, feed, counters
+        self.config, self.reactor, self.registry, self.counters = config, reactor, registry, counters
+        self.feed, self.pushing = feed, pushing
         self.stdin_limit = config.stdin_buffer_bytes
         self.agents: dict[str, Agent] = {}
         self._finished: dict[str, None] = {}  # ids of finished agents, oldest end first
@@ -53,6 +56,7 @@ class Supervisor:
         self.family, self._keeper, self._witness = family, keeper, witness
         self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self.on_end,
                              self.save, say)
+        self._losses = Losses(reactor, feed, self.save, lambda: bool(registry.trouble), say)
         self._after_commit: list[Callable[[], None]] = []
         self.state = "up"  # up, draining, down
         self.ending_all = False  # a graceful end has begun; a drain only waits
@@ -196,8 +200,9 @@ class Supervisor:
         """Enter and tell that an attempt has begun; without a pid that is all that is known of it."""
         agent.step(lifecycle.STARTED)
         self.save(agent)
+        again = f"started again (attempt {agent.attempt})" if agent.attempt > 1 else "started"
         self.feed.agent_event(agent.id, "status_changed", agent.status,
-                              f"started as process {agent.pid}" if agent.pid else "started",
+                              f"{again} as process {agent.pid}" if agent.pid else again,
                               {"attempt": agent.attempt, "pid": agent.pid})
 
     # ------------------------------------------------------------ what may be asked of one agent
@@ -328,6 +333,7 @@ class Supervisor:
 
     def _forget(self, agent: Agent) -> None:
         self.ending.close(agent)
+        self._losses.forget(agent)
         del self.agents[agent.id]
         self._finished.pop(agent.id, None)
         self._erase(agent)
@@ -360,6 +366,8 @@ class Supervisor:
 
     def _limit(self, agent: Agent, which: str) -> None:
         if agent.run is not None and agent.alive and agent.ending is None:
+            self.feed.agent_event(agent.id, "status_changed", agent.status, f"{which} is reached, so it is ended",
+                                  {"limit": which})
             self.stop(agent, SERVER, None, f"limit:{which}")
 
     def stdin_ended(self, agent_id: str, why: str) -> None:
@@ -368,11 +376,9 @@ class Supervisor:
         if agent is not None:
             self.feed.agent_event(agent_id, "status_changed", agent.status, why, {"stdin": "closed"})
 
-    def disk_trouble(self, agent_id: str, why: str) -> None:
-        """Tell that output is being lost because it cannot be written."""
-        self._say(f"output of agent {agent_id} cannot be recorded: {why}")
-        self.feed.agent_event(agent_id, "error", self.agents[agent_id].status,
-                              f"output cannot be recorded: {why}; the gap shows in the offsets")
+    def output_lost(self, agent_id: str) -> None:
+        """Tell that output was dropped, or could not be recorded."""
+        self._losses.look(self.agents[agent_id])
 
     def on_end(self, agent: Agent, given: str, record: Json, why: str = "") -> None:
         """An attempt is over and nothing of it runs: record it, tell it, and do what is wanted next."""
@@ -429,22 +435,38 @@ class Supervisor:
             self._forget(agent)
 
     def heartbeat(self) -> None:
-        """Tell listeners who is there, and whose output has grown."""
+        """Tell listeners who is there, and whose output has grown; also of the ended, where somebody asked for one."""
         self.retain()
+        self.pushing.tidy()
         if not self.feed.anyone:
             return
-        self.feed.server_heartbeat(self.config.server_id, self.state, self.active)
+        self.greet()
         for agent in self.live:
-            size = sum(agent.output.span(stream)[1] for stream in ("stdout", "stderr"))
-            self.feed.heartbeat(agent.id, "output_available" if size != agent.reported else "heartbeat", agent.status)
+            self.beat(agent)
+        for topic in self.feed.topics:
+            ended = self.agents.get(topic[7:]) if topic.startswith("status.") else None
+            if ended is not None and not ended.alive:
+                self.beat(ended)
+
+    def beat(self, agent: Agent, only: Subscriber | None = None) -> None:
+        """Tell listeners, or a new one, how an agent is and where its output stands."""
+        kept = agent.kept()
+        size = sum(span["end_offset"] for span in kept.values())
+        kind = "heartbeat" if only is not None or size == agent.reported else "output_available"
+        self.feed.heartbeat(agent.id, kind, agent.status, kept, only)
+        if only is None:
             agent.reported = size
+
+    def greet(self, only: Subscriber | None = None) -> None:
+        """Tell listeners, or a new one, that the server is there and which event is the latest."""
+        self.feed.server_heartbeat(self.state, self.active, only)
 
     # ------------------------------------------------------------ the server's own end
 
     def announce(self, state: str) -> None:
         """Enter a state of the server and tell it."""
         self.state = state
-        self.feed.server_event(self.config.server_id, state, self.active)
+        self.feed.server_event(state, self.active)
 
     def shutdown(self, mode: str, grace_secs: float | None, ask: Ask, done: Callable[[], None]) -> None:
         """Take no more work; end all agents in bounded time, or (drain) wait for them. Asked again, it hurries."""

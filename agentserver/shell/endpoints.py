@@ -21,11 +21,12 @@ from ..errors import AgentServerError, LinkError, StartError
 from ..messages import REQUESTS
 from ..wire import MAX_WIRE, decode, encode
 
-MAX_TOPIC = 512            # bytes
+QUEUED_EVENTS = 1000       # for a subscriber at its own end; beyond it messages are dropped, which followers notice
 _QUEUED_REPLIES = 100      # per peer; a REQ peer has one outstanding
-_QUEUED_EVENTS = 1000      # per subscriber; beyond it messages are dropped, which followers notice
-_STREAMS = (b".stdout", b".stderr")
-_ID_BYTES = 36
+_SUBSCRIPTION_BYTES = 1024  # at most; who sends a longer one is cut off by libzmq
+_ALIVE_MS = 10_000         # how often a subscriber asks whether the server is still there
+_GONE_MS = 30_000          # without an answer for so long, a subscriber connects anew, and a server lets go of one
+_UNREAD_MS = 60_000        # a subscriber of any kind that takes nothing for so long is let go of
 
 
 # ---------------------------------------------------------------- sockets
@@ -44,10 +45,15 @@ def rep_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     return _socket(context, zmq.REP, _QUEUED_REPLIES, MAX_WIRE)
 
 
-def xpub_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
-    """Return the server's publishing socket; it tells every join, so that each can be answered."""
-    sock = _socket(context, zmq.XPUB, _QUEUED_EVENTS, 64 * 1024)
+def xpub_socket(context: zmq.Context[Any], queued: int) -> zmq.Socket[Any]:
+    """Return the server's publishing socket, which keeps at most `queued` messages for each subscriber and drops
+    what is more. It tells every join, so that each can be answered."""
+    sock = _socket(context, zmq.XPUB, queued, _SUBSCRIPTION_BYTES)
+    sock.setsockopt(zmq.RCVHWM, 1)  # or libzmq takes subscriptions as long as they come, and lets us do nothing else
     sock.setsockopt(zmq.XPUB_VERBOSE, 1)
+    sock.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    sock.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _UNREAD_MS // 1000)
+    sock.setsockopt(zmq.TCP_MAXRT, _UNREAD_MS)
     return sock
 
 
@@ -59,9 +65,22 @@ def req_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     return sock
 
 
-def sub_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
-    """Return a client's listening socket."""
-    return _socket(context, zmq.SUB, _QUEUED_EVENTS, MAX_WIRE)
+def sub_socket(context: zmq.Context[Any], queued: int = QUEUED_EVENTS) -> zmq.Socket[Any]:
+    """Return a client's listening socket. It says nothing by itself, so without heartbeats it would not notice that
+    the other end has gone."""
+    sock = _socket(context, zmq.SUB, queued, MAX_WIRE)
+    sock.setsockopt(zmq.HEARTBEAT_IVL, _ALIVE_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TTL, _GONE_MS)
+    return sock
+
+
+def connection_of(frame: zmq.Frame) -> int:
+    """Return the descriptor of the connection that a message came over, -1 where libzmq does not tell."""
+    try:
+        return int(frame.get(zmq.SRCFD))
+    except (zmq.ZMQError, ValueError):
+        return -1
 
 
 # ---------------------------------------------------------------- binding
@@ -201,13 +220,7 @@ def probe(endpoint: str, timeout: float) -> None:
                         "start one with: agentserver serve") from None
 
 
-# ---------------------------------------------------------------- topics and replies
-
-def is_stream_topic(topic: str) -> bool:
-    """Whether a subscription names one stream of one agent exactly, and is to be answered with its offset."""
-    raw = topic.encode("utf-8", "replace")
-    return len(raw) == _ID_BYTES + 7 and raw[_ID_BYTES:] in _STREAMS
-
+# ---------------------------------------------------------------- replies
 
 def failed_reply(raw: bytes, code: str, sentence: str) -> bytes:
     """Return the refusal of a message that did not reach the core, of the message's own type where it has one."""

@@ -14,7 +14,7 @@ import zmq
 
 from ..errors import LinkError, RequestTimeout
 from ..wire import encode, new_id
-from .endpoints import probe, req_socket, sub_socket
+from .endpoints import QUEUED_EVENTS, probe, req_socket, sub_socket
 
 Json = Dict[str, Any]
 
@@ -24,6 +24,7 @@ class ZmqLink:
 
     attempt_secs = 0.3       # a request that a dying shell took is gone, and nobody tells us; doubled each time
     recheck_secs = 3.0       # published messages may be lost in silence
+    queued_events = QUEUED_EVENTS  # that may wait to be taken by `next_event`; what comes beyond them is lost
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
@@ -84,7 +85,7 @@ class ZmqLink:
         if not endpoint:
             raise LinkError("this server publishes nothing (its pub_endpoint is none); "
                             "start it with --pub-endpoint, or read instead of listening")
-        sub = sub_socket(self._context)
+        sub = sub_socket(self._context, self.queued_events)
         try:
             sub.connect(endpoint)
         except zmq.ZMQError as e:

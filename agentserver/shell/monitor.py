@@ -5,7 +5,8 @@ Runs in: a thread of its own, beside the REP loop.
 Unaware: of what an event means; topics are prefixes of bytes. It decides nothing and stores nothing.
 
 Only what somebody subscribed to is asked of the core, so that nobody listening costs nothing. A
-subscription comes from outside and is not trusted: its length and number are bounded.
+subscription comes from outside and is not trusted: its length and number are bounded here, and what
+libzmq itself keeps of all of them in crowd.py.
 """
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ import zmq
 from ..core.link import FrameStream
 from ..errors import LinkError, StartError
 from ..wire import encode, new_id
-from .endpoints import MAX_TOPIC, Bound, bind, is_stream_topic, xpub_socket
+from .crowd import Crowd
+from .endpoints import Bound, bind, connection_of, xpub_socket
 
+MAX_TOPIC = 64             # bytes; no topic of ours is longer
 MOST_TOPICS = 10_000       # beyond it the core is asked for everything, and libzmq does the choosing
 _PEER = encode({"kind": "zmq", "name": "subscribers"})
 _AGAIN_MS = 50             # between two tries to reach a core; 500 when it has been away for long
@@ -37,48 +40,44 @@ class Topics:
         self._most = most
         self._wanted: Set[str] = set()
         self._joined: Set[str] = set()
-        self._beyond = False
         self.changed = False
 
-    def hear(self, message: bytes) -> None:
-        """Take one message of the XPUB socket: 1 or 0, and a prefix. Others are ignored."""
-        if not 1 <= len(message) <= MAX_TOPIC + 1 or message[0] > 1 or not message.isascii():
-            return  # no topic of ours is so long or not ASCII: such a prefix matches nothing
-        topic = message[1:].decode("ascii")
-        if message[0] == 1:
-            self._join(topic)
-        elif topic in self._wanted:
-            self._wanted.discard(topic)
-            self.changed = True
-
-    def _join(self, topic: str) -> None:
-        if topic not in self._wanted:
-            if len(self._wanted) >= self._most:
-                self.changed = self.changed or not self._beyond
-                self._beyond = True
-                return
+    def hear(self, message: bytes) -> int:
+        """Take one message of the XPUB socket: 1 or 0, and a prefix; others are ignored. Return how many bytes of
+        prefix nobody had subscribed to before, -1 where nobody subscribed."""
+        joins = message[:1] == b"\1"
+        if message[:1] not in (b"\0", b"\1"):
+            return -1
+        topic = message[1:MAX_TOPIC + 2].decode("latin-1")
+        if len(topic) > MAX_TOPIC or not (topic.isascii() and topic.isprintable()):
+            return len(message) - 1 if joins else -1  # no topic of ours is like that: such a prefix matches nothing
+        new = topic not in self._wanted
+        if joins:
             self._wanted.add(topic)
-            self.changed = True
-        if is_stream_topic(topic):
             self._joined.add(topic)
             self.changed = True
+            return len(topic) if new else 0
+        self._wanted.discard(topic)
+        self._joined.discard(topic)
+        self.changed = self.changed or not new
+        return -1
 
     def request(self) -> bytes:
-        """Return the subscription as it has to be now, with the streams that were joined since the last call."""
-        topics = [""] if self._beyond else sorted(self._wanted)
-        message = {"type": "subscribe_request", "request_id": new_id(), "topics": topics,
-                   "announce": sorted(self._joined)}
-        self._joined.clear()
-        self.changed = False
-        self._beyond = self._beyond and bool(self._wanted)
-        return encode(message)
+        """Return the subscription as it has to be now, with what was joined since the last call, each to be answered
+        with where it stands."""
+        joined = sorted(self._joined)[:self._most]
+        self._joined.difference_update(joined)
+        self.changed = bool(self._joined)
+        return encode({"type": "subscribe_request", "request_id": new_id(), "announce": joined,
+                       "topics": [""] if len(self._wanted) > self._most else sorted(self._wanted)})
 
 
 class Monitor:
     """Publish until `stop`."""
 
-    def __init__(self, context: zmq.Context[Any], core: str, pub_endpoint: str, patience_secs: float = 0.0) -> None:
-        self._context = context
+    def __init__(self, context: zmq.Context[Any], core: str, pub_endpoint: str, hwm: int,
+                 patience_secs: float = 0.0) -> None:
+        self._context, self._hwm = context, hwm
         self._core = core
         self._pub_endpoint = pub_endpoint
         self._patience_secs = patience_secs
@@ -105,7 +104,7 @@ class Monitor:
         self._wake.close()
 
     def _main(self, endpoint: str) -> None:
-        xpub = xpub_socket(self._context)
+        xpub = xpub_socket(self._context, self._hwm)
         try:
             try:
                 self._bound = bind(xpub, self._pub_endpoint, self._patience_secs)
@@ -131,7 +130,7 @@ class _Publisher:
         self._xpub_fd = int(xpub.getsockopt(zmq.FD))
         self._stream = stream
         self._wake_fd = wake_fd
-        self._topics = Topics()
+        self._topics, self._crowd = Topics(), Crowd()
         self._tag = 0              # of the latest subscription
         self._unconfirmed = 0.0    # since when it waits for its reply; 0: it does not
         self._lost_at = time.monotonic()
@@ -154,11 +153,12 @@ class _Publisher:
         """Read until nothing is left: only then does the socket's descriptor tell of the next message."""
         while True:
             try:
-                frames: List[bytes] = self._xpub.recv_multipart(zmq.NOBLOCK)
+                frames: List[zmq.Frame] = self._xpub.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            if len(frames) == 1:
-                self._topics.hear(frames[0])
+            new_bytes = self._topics.hear(frames[0].bytes) if len(frames) == 1 else -1
+            if new_bytes >= 0:
+                self._crowd.joined(connection_of(frames[0]), new_bytes)
 
     def _keep_connected(self) -> None:
         try:
@@ -195,12 +195,11 @@ class _Publisher:
 
     def _forward(self) -> None:
         try:
-            for tag, topic, body in self._stream.take():
-                if tag == 0:
-                    self._xpub.send_multipart((topic, body), zmq.NOBLOCK)
-                elif tag == self._tag:
-                    self._unconfirmed = 0.0
+            frames = self._stream.take()
         except LinkError:
-            pass  # the core died or is being replaced; _keep_connected asks the next one
-        except zmq.Again:
-            pass  # XPUB drops for a subscriber that is full; it never makes us wait
+            return  # the core died or is being replaced; _keep_connected asks the next one
+        for tag, topic, body in frames:
+            if tag == 0:
+                self._xpub.send_multipart((topic, body))  # drops for a subscriber that is full; never waits
+            elif tag == self._tag:
+                self._unconfirmed = 0.0

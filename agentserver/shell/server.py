@@ -202,7 +202,7 @@ class Front:
         self._bound = bind(self._rep, endpoint, patience_secs)
         self._hello = {"role": "requests", "pid": os.getpid(), "endpoint": self._bound.endpoint, "pub_endpoint": ""}
         if pub_endpoint and pub_endpoint != NO_PUBLISHING:
-            self._monitor = Monitor(self._context, self._core, pub_endpoint, patience_secs)
+            self._monitor = Monitor(self._context, self._core, pub_endpoint, self._config.pub_hwm, patience_secs)
             self._hello["pub_endpoint"] = self._monitor.start(self._bound.endpoint)
         return self._bound.endpoint, str(self._hello["pub_endpoint"])
 

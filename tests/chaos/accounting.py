@@ -291,7 +291,8 @@ class Ledger:
                       f"events of {entry.key} ({entry.id}): {seen} instead of {expected}")
         self.add("sizes of terminals", len(sizes))
         if sizes != entry.sizes:
-            self.loss("wrong", f"events of {entry.key} ({entry.id}): sizes {sizes} were told, {entry.sizes} acknowledged")
+            self.loss("wrong", f"events of {entry.key} ({entry.id}): sizes {sizes} were told, {entry.sizes} "
+                               "acknowledged")
         if pauses != [entry.pauses, entry.resumes]:
             self.loss("wrong", f"events of {entry.key} ({entry.id}): {pauses} pauses and resumes were told, "
                                f"{[entry.pauses, entry.resumes]} acknowledged")
