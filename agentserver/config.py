@@ -176,6 +176,10 @@ class ServerConfig:
         100_000, "how many answered request ids are remembered", "requests", 100, 10_000_000)
     backlog_bytes: int = _setting(
         4 * MIB, "events queued for a local subscriber that does not read", "bytes", 64 * KIB, 1024 * MIB)
+    pattern_timeout_secs: float = _setting(
+        0.25, "how long the pattern of one search in output may be at work", "seconds", 0.01, 10)
+    queries: int = _setting(
+        4, "how many searches in output run at once, each in a process of its own; others wait", "processes", 1, 32)
     log_bytes: int = _setting(
         MIB, "size at which a log of the server's own is rotated", "bytes", 4 * KIB, 1024 * MIB)
     pass_environment: Tuple[str, ...] = _setting(
