@@ -27,6 +27,8 @@ from .registry import Ask
 from .run import STREAMS
 from .supervisor import Supervisor
 
+QUERY = "query_output"  # the one command whose reply comes later
+
 
 class Peer(NamedTuple):
     """Who asks. `subscriber` is set on links that can be sent events."""
@@ -194,8 +196,8 @@ class Control:
         if (request.agent_ids is None) == (request.labels is None):
             raise RequestError("give either agent_ids or labels")
         checked = self._commands.check(request.command_type, request.payload)
-        if _asks_for_lines(request):
-            raise RequestError("query_output is answered for one agent at a time; send a control_command for each")
+        if request.command_type == QUERY:
+            raise RequestError(f"{QUERY} is answered for one agent at a time; send a control_command for each")
         failed: list[str] = []
         results: list[str] = []
         done = _Success()
@@ -287,7 +289,8 @@ def _has_effect(request: Any) -> bool:
 
 def _asks_for_lines(request: Any) -> bool:
     """Whether a process of its own has to find the answer."""
-    return isinstance(request, m.OutputQueryRequest) or getattr(request, "command_type", "") == "query_output"
+    return isinstance(request, m.OutputQueryRequest) or (
+        isinstance(request, m.ControlCommand) and request.command_type == QUERY)
 
 
 def _searched(request: m.OutputQueryRequest) -> tuple[list[str], Json]:

@@ -60,11 +60,11 @@ class Queries:
 
     def ask(self, output: OutputLog, streams: Sequence[str], what: Json, by: str,
             answered: Answered) -> Callable[[], None]:
-        """Begin to answer a question about the output so far; `answered` is called later, once. Return what to call
-        when nobody wants the answer any more. Raises `RequestError` when there are too many."""
-        question = {"directory": output.directory, "spans": {name: output.span(name) for name in streams},
-                    "streams": streams, "most": self._bytes, "pattern_secs": self._pattern_secs,
-                    "life_secs": self._pattern_secs + LIFE_SECS + 1.0, **what}
+        """Begin to answer a question about the output so far; `answered` is called later, once.
+
+        Return what to call when nobody wants the answer any more. Raises `RequestError` when there are too many."""
+        question = {"directory": output.directory, "streams": streams, "most": self._bytes,
+                    "pattern_secs": self._pattern_secs, "life_secs": self._pattern_secs + LIFE_SECS + 1.0, **what}
         query = _Query(encode(question) + b"\n", by, answered)
         if len(self._running) < self._most:
             self._start(query)

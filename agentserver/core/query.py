@@ -79,10 +79,10 @@ class Block(NamedTuple):
 
 
 class Stream:
-    """What is kept of one stream from `first` to `end`: whatever is written meanwhile is not part of it."""
+    """What is kept of one stream, of a span; what is written meanwhile is not part of it."""
 
-    def __init__(self, log: OutputLog, name: str, first: int, end: int) -> None:
-        self._log, self._name, self._first, self._end = log, name, first, end
+    def __init__(self, log: OutputLog, name: str, span: tuple[int, int]) -> None:
+        self._log, self._name, (self._first, self._end) = log, name, span
 
     def blocks(self, backwards: bool) -> Iterator[Block]:
         """Yield all lines, a bounded number at once if they are not long; backwards the last block comes first."""
@@ -267,17 +267,17 @@ class Side:
 
 # ---------------------------------------------------------------- questions
 
-def find(log: OutputLog, question: Json, timer: Timer, names: Iterable[str], pattern: str | None) -> Json:
-    """Return `lines`, `total_lines` and `has_more` of the named streams, merged by time."""
+def find(streams: Sequence[Stream], question: Json, timer: Timer) -> Json:
+    """Return `lines`, `total_lines` and `has_more` of streams, merged by time."""
     tail, limit, offset = bool(question["tail"]), question["limit"], question["offset"]
-    sought = Everything() if pattern is None else Filter(pattern, timer)
-    sides = [Side(Stream(log, name, *question["spans"][name]), sought, tail) for name in names]
+    sought = Everything() if question["filter"] is None else Filter(question["filter"], timer)
+    sides = [Side(stream, sought, tail) for stream in streams]
     lines: Iterator[str] = chain.from_iterable(sides[0].hits())
     if len(sides) > 1:  # of lines with the same time those of stdout come first, also where the order is turned
         both = merge(*(side.timed() for side in (sides[::-1] if tail else sides)), key=itemgetter(0), reverse=tail)
         lines = map(itemgetter(1), both)
     taken = _bounded(islice(lines, offset, min(offset + limit, sys.maxsize)), question["most"])
-    total = sum(side.total() for side in sides)
+    total = max(sum(side.total() for side in sides), offset + len(taken) if taken else 0)  # some may be gone by now
     return {"lines": taken[::-1] if tail else taken, "total_lines": total, "has_more": offset + len(taken) < total}
 
 
@@ -298,25 +298,30 @@ def too_much(most: int) -> RequestError:
                         "lines, or read long ones with read_stdout or read_stderr", "message_too_large")
 
 
-def last(log: OutputLog, question: Json, timer: Timer) -> Json:
+def last(streams: dict[str, Stream], question: Json, timer: Timer) -> Json:
     """Return the last lines of each stream that was asked for, and how many lines it has."""
     answer: Json = {}
     for name in ("stdout", "stderr"):
-        asked = name in question["streams"]
-        found = find(log, question, timer, [name], None) if asked else {"lines": [], "total_lines": None}
+        nothing: Json = {"lines": [], "total_lines": None}
+        found = find([streams[name]], question, timer) if name in streams else nothing
         answer[name], answer[f"{name}_lines"] = found["lines"], found["total_lines"]
     return answer
+
+
+def kept(directory: str, names: Iterable[str]) -> dict[str, Stream]:
+    """Return what is kept now of an agent's streams. The index is looked up after the spans, so that it has the times
+    of all that is in them, but for the piece that was written last."""
+    spans, log = OutputLog(directory, 0), OutputLog(directory, 0)
+    return {name: Stream(log, name, spans.span(name)) for name in names}
 
 
 def answer(question: Json) -> bytes:
     """Return the answer as JSON after its sign."""
     timer = Timer(question["pattern_secs"], question["life_secs"])
     try:
-        log = OutputLog(question["directory"], 0)
-        if question["kind"] == "last":
-            found = last(log, question, timer)
-        else:
-            found = find(log, question, timer, question["streams"], question["filter"])
+        streams = kept(question["directory"], question["streams"])
+        each = question["kind"] == "last"
+        found = last(streams, question, timer) if each else find(list(streams.values()), question, timer)
         raw = _encoded(found)
         if len(raw) > question["most"]:
             raise too_much(question["most"])
