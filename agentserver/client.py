@@ -26,6 +26,8 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 _FIRST_PATIENCE = 1.0      # seconds for a server that was never reached: it may just be starting a part again
 _KNOWN_PATIENCE = 10.0     # for one that was
 _LONGEST_ATTEMPT = 8.0
+_SEARCH_ATTEMPT = 3.0      # a search in output may take a while, and asked again too soon it would be done twice
+_SEARCHES = ("output_query_request", "query_output")
 _CONFIG_FIELDS = frozenset(AgentConfig.__dataclass_fields__)
 
 
@@ -117,7 +119,9 @@ class AgentClient:
         """
         if not message.get("request_id"):
             message = dict(message, request_id=new_id())
-        raw = self._ask(encode(message), self.timeout if timeout is None else timeout)
+        search = message.get("type") in _SEARCHES or message.get("command_type") in _SEARCHES
+        raw = self._ask(encode(message), self.timeout if timeout is None else timeout,
+                        _SEARCH_ATTEMPT if search else 0.0)
         try:
             reply = json.loads(raw)
         except ValueError:
@@ -130,11 +134,11 @@ class AgentClient:
                                str(reply.get("error_code") or "internal"), reply)
         return reply
 
-    def _ask(self, raw: bytes, timeout: float) -> bytes:
+    def _ask(self, raw: bytes, timeout: float, least_attempt: float) -> bytes:
         """Ask until there is an answer; the same bytes each time."""
         started = time.monotonic()
         lost_at: Optional[float] = None
-        attempt, left = self._link.attempt_secs, timeout
+        attempt, left = max(self._link.attempt_secs, least_attempt), timeout
         while left > 0:
             try:
                 reply = self._link.request(raw, min(left, attempt))

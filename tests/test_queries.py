@@ -222,7 +222,7 @@ def test_output_that_goes_while_it_is_searched(start_server: Callable[..., Serve
         ref = wire.spawn("sleeper", ready=False, command=["/bin/sh", "-c", flood])
         wait_until(lambda: wire.info(ref)["output"]["stdout"]["first_offset"], what="output to be dropped")
         last = 0
-        for _ in range(30):
+        for _ in range(10):
             lines, total, more = find(wire, ref, tail=True, limit=50)
             numbers = [int(line.split()[1]) for line in lines[1:-1]]
             assert len(numbers) == 48, "it is not so fast that all is gone before it is read"
@@ -344,6 +344,30 @@ def test_too_many_are_refused_and_the_others_answered(hostile: tuple[Server, Lin
     none_left(server)
 
 
+def test_the_next_search_is_that_of_another_asker(hostile: tuple[Server, LineWire, str]) -> None:
+    """Whoever asks much delays himself: the network does not wait behind all that a local client asks."""
+    server, wire, ref = hostile
+    for _ in range(4):
+        asking(wire, ref, filter=HOSTILE)
+    first, = at_work(server)
+    with ZmqWire(server.endpoint) as network:
+        network.send(json.dumps({"type": "output_query_request", "request_id": "x", "agent_id": ref, "stream": "stdout",
+                                 "filter": "a{5}", "limit": 0}).encode())
+        asked = wire.ok("stats_request")["stats"]["requests"]
+
+        def arrived() -> bool:
+            nonlocal asked
+            asked += 1  # by looking
+            return bool(wire.ok("stats_request")["stats"]["requests"] > asked)
+        wait_until(arrived, what="the network's to be there")
+        os.kill(first, signal.SIGALRM)
+        assert reply(wire)["error_code"] == "pattern_too_slow"
+        second, = at_work(server)
+        os.kill(second, signal.SIGALRM)
+        assert json.loads(network.receive())["total_lines"] == 1
+        assert len(searchers(server)) == 1, "two of the four are still to be done"
+
+
 def readable(wire: LineWire) -> bool:
     """Whether a reply is there."""
     return bool(select.select([wire.socket], [], [], 0)[0])
@@ -446,14 +470,14 @@ def answers(server: Server) -> bool:
 def test_the_client_asks_again_and_gets_its_answer(start_server: Callable[..., Server], way: str, end: str) -> None:
     server = start_server()
     with AgentClient(server.address("unix")) as other:
-        agent = other.spawn(["/bin/sh", "-c", "yes | head -c 8000000"])
+        agent = other.spawn(["/bin/sh", "-c", "yes | head -c 3000000"])
         agent.wait()
         found: list[Any] = []
 
         def ask() -> None:
             with AgentClient(server.address(way)) as client:
                 client.health()  # who has met the server once has patience with it
-                found.append(client.query(agent.id, offset=3_999_999))
+                found.append(client.query(agent.id, offset=1_499_999))
         thread = threading.Thread(target=ask)
         thread.start()
         pid, = at_work(server)
@@ -463,11 +487,20 @@ def test_the_client_asks_again_and_gets_its_answer(start_server: Callable[..., S
         else:
             os.kill(server.pids()[end], signal.SIGKILL)
         thread.join(60)
-        assert found and found[0].lines == ["y"] and found[0].total_lines == 4_000_000 and not found[0].has_more
+        assert found and found[0].lines == ["y"] and found[0].total_lines == 1_500_000 and not found[0].has_more
         wait_until(lambda: process_state(pid) == "", what="the first search to be gone")
         if end == "reload":
             wait_until(lambda: other.health().metadata["generation"] != generation, what="the reload")
     none_left(server)
+
+
+def test_a_search_over_the_network_is_done_once(server: Server, tmp_path: Path) -> None:
+    """The client asks again when a shell may have died with its request, but gives a search its time."""
+    with AgentClient(server.endpoint) as client, LineWire(server.socket_path) as wire:
+        ref = written(wire, tmp_path, b"x\n" * 3_000_000)
+        before = wire.ok("stats_request")["stats"]["requests"]
+        assert client.query(ref, offset=2_999_999).lines == ["x"]
+        assert wire.ok("stats_request")["stats"]["requests"] == before + 2
 
 
 def test_a_search_is_not_taken_for_an_agent_s(hostile: tuple[Server, LineWire, str]) -> None:
@@ -526,7 +559,7 @@ def test_noise_as_a_filter(start_server: Callable[..., Server], tmp_path: Path) 
     with LineWire(server.socket_path) as wire:
         ref = written(wire, tmp_path, b"aab \xc3\xa9 ab\nab\x00\xff\r\n" * 50 + b"a" * 300)
         succeeded = 0
-        for _ in range(40):
+        for _ in range(20):
             patterns = {new_id(): "".join(rng.choices(PIECES, k=rng.randrange(1, 12))) for _ in range(8)}
             for request_id, pattern in patterns.items():
                 asking(wire, ref, request_id, filter=pattern, limit=3)
@@ -535,6 +568,6 @@ def test_noise_as_a_filter(start_server: Callable[..., Server], tmp_path: Path) 
                 pattern = patterns.pop(got["request_id"])
                 succeeded += got["success"]
                 assert got["success"] or got["error_code"] in ("bad_request", "pattern_too_slow"), (pattern, got)
-        assert succeeded > 20
+        assert succeeded > 10
     assert server.pids() == before and "Traceback" not in server.logs()
     none_left(server)
