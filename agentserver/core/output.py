@@ -50,12 +50,12 @@ class OutputLog:
     stdout does not cost the few lines on stderr. Nothing is created before the first output.
     """
 
-    __slots__ = ("directory", "_cap", "_segment_bytes", "_now", "_out", "_err", "_index",
+    __slots__ = ("_directory", "_cap", "_segment_bytes", "_now", "_out", "_err", "_index",
                  "_writing", "_since", "_at", "_retry_at", "trouble")
 
     def __init__(self, directory: str, cap_bytes: int, *, now: Callable[[], float] = time.time,
                  segment_bytes: int = SEGMENT_BYTES) -> None:
-        self.directory = directory
+        self._directory = directory
         self._cap = max(cap_bytes, LEAST_CAP)
         # an eighth: then index (a quarter) and both open segments always leave closed ones to drop
         self._segment_bytes = max(LEAST_SEGMENT, min(segment_bytes, self._cap // 8))
@@ -154,7 +154,7 @@ class OutputLog:
     def _fail(self, s: _Stream, e: OSError) -> None:
         s.close()
         self._retry_at = self._now() + RETRY_SECS
-        self.trouble = (f"output cannot be recorded in {self.directory}: {e.strerror or e}; the agent goes on and "
+        self.trouble = (f"output cannot be recorded in {self._directory}: {e.strerror or e}; the agent goes on and "
                         "what it writes meanwhile is lost; make the directory writable again, with space in it")
 
     # ------------------------------------------------------------ segments
@@ -167,7 +167,7 @@ class OutputLog:
         raise ValueError(f"the streams are stdout and stderr, not {name!r}")
 
     def _path(self, s: _Stream, start: int) -> str:
-        return f"{self.directory}/{s.name}.{start:020d}"
+        return f"{self._directory}/{s.name}.{start:020d}"
 
     def _ready(self, s: _Stream) -> bool:
         """Make sure that `s` has an open segment with room; tell whether it has."""
@@ -207,7 +207,7 @@ class OutputLog:
         try:
             return os.open(path, OPEN, 0o600)
         except FileNotFoundError:
-            os.makedirs(self.directory, 0o700, exist_ok=True)
+            os.makedirs(self._directory, 0o700, exist_ok=True)
             return os.open(path, OPEN, 0o600)
 
     def _begin(self, s: _Stream) -> None:
@@ -233,7 +233,7 @@ class OutputLog:
     def _recover(self) -> None:
         """Find out from the directory what is there."""
         found: dict[str, list[tuple[int, int]]] = {"stdout": [], "stderr": [], "index": []}
-        for name, number, status in _numbered_files(self.directory):
+        for name, number, status in _numbered_files(self._directory):
             if name in found:
                 found[name].append((number, status.st_size))
                 if name != "index":
@@ -243,6 +243,11 @@ class OutputLog:
         self._index.recover(sorted(found["index"]), self._segment_bytes // 4)
 
     # ------------------------------------------------------------ reading
+
+    @property
+    def directory(self) -> str:
+        """Where the files are."""
+        return self._directory
 
     def span(self, stream: str) -> tuple[int, int]:
         """Return the first kept offset and the end offset."""
