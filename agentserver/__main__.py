@@ -1,8 +1,8 @@
 """The one door for every process of ours: `python -m agentserver`, a path to this file, or the .pyz.
 
-Owns:    the choice between core, shell, keeper and command line, made from the first argument.
+Owns:    the choice between core, shell, keeper, query and command line, made from the first argument.
 Runs in: the main thread of each process, before anything of ours is imported.
-Unaware: of what they do. `_core`, `_shell` and `_keeper` are for our own processes, not for people.
+Unaware: of what they do. `_core`, `_shell`, `_keeper` and `_query` are for our own processes, not for people.
 """
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ def main() -> int:
     if part == "_keeper":
         from agentserver.core import serving
         return serving.main(_channel())
+    if part == "_query":
+        from agentserver.core import query
+        return query.main()
     if part == "_renewed":
         from agentserver.core import serving
         fd = int(sys.argv[2])

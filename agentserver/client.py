@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 from .core.link import LineLink, Link, NotThere, socket_path
 from .errors import LinkError, RequestError, RequestTimeout
 from .messages import AgentConfig
-from .results import AgentInfo, BatchOutcome, Chunk, ExitRecord, Health, ServerStats
+from .results import AgentInfo, BatchOutcome, Chunk, ExitRecord, FoundLines, Health, LastLines, ServerStats
 from .wire import encode, new_id, to_wire, wire_text
 
 Json = Dict[str, Any]
@@ -26,6 +26,8 @@ DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 _FIRST_PATIENCE = 1.0      # seconds for a server that was never reached: it may just be starting a part again
 _KNOWN_PATIENCE = 10.0     # for one that was
 _LONGEST_ATTEMPT = 8.0
+_SEARCH_ATTEMPT = 3.0      # a search in output may take a while, and asked again too soon it would be done twice
+_SEARCHES = ("output_query_request", "query_output")
 _CONFIG_FIELDS = frozenset(AgentConfig.__dataclass_fields__)
 
 
@@ -117,7 +119,9 @@ class AgentClient:
         """
         if not message.get("request_id"):
             message = dict(message, request_id=new_id())
-        raw = self._ask(encode(message), self.timeout if timeout is None else timeout)
+        search = message.get("type") in _SEARCHES or message.get("command_type") in _SEARCHES
+        raw = self._ask(encode(message), self.timeout if timeout is None else timeout,
+                        _SEARCH_ATTEMPT if search else 0.0)
         try:
             reply = json.loads(raw)
         except ValueError:
@@ -130,11 +134,11 @@ class AgentClient:
                                str(reply.get("error_code") or "internal"), reply)
         return reply
 
-    def _ask(self, raw: bytes, timeout: float) -> bytes:
+    def _ask(self, raw: bytes, timeout: float, least_attempt: float) -> bytes:
         """Ask until there is an answer; the same bytes each time."""
         started = time.monotonic()
         lost_at: Optional[float] = None
-        attempt, left = self._link.attempt_secs, timeout
+        attempt, left = max(self._link.attempt_secs, least_attempt), timeout
         while left > 0:
             try:
                 reply = self._link.request(raw, min(left, attempt))
@@ -248,6 +252,14 @@ class AgentClient:
             message["params"] = params
         return self.request(message).get("data") or {}
 
+    def query(self, ref: str, pattern: Optional[str] = None, *, stream: str = "both", limit: int = 1000,
+              offset: int = 0, tail: bool = False) -> FoundLines:
+        """Return the lines of an agent's output in which a regular expression (syntax of `re`) matches, searched for by
+        the server; with `tail` the last ones, and then `offset` counts from the end."""
+        return FoundLines.of(self.request({
+            "type": "output_query_request", "agent_id": ref, "stream": stream, "filter": pattern, "limit": limit,
+            "offset": offset, "tail": tail}))
+
     def batch(self, command: str, agents: Optional[Sequence[str]] = None, *, labels: Optional[Mapping[str, str]] = None,
               fail_fast: bool = False, **payload: Any) -> BatchOutcome:
         """Give many agents a command. Does not raise for those that refuse: look at the outcome."""
@@ -347,6 +359,14 @@ class Agent:
              times: bool = False) -> Chunk:
         """Return bytes from `offset` on; without one, from where the last such read ended, by anyone."""
         return Chunk.of(self._do(f"read_{stream}", offset=offset, max_bytes=max_bytes, times=times or None))
+
+    def query(self, pattern: Optional[str] = None, **how: Any) -> FoundLines:
+        """Return the lines of output in which a pattern matches; see `AgentClient.query`."""
+        return self.client.query(self.id, pattern, **how)
+
+    def tail(self, lines: int = 100) -> LastLines:
+        """Return the last lines of both streams, as text."""
+        return LastLines.of(self._do("query_output", max_lines=lines))
 
     def lines(self, stream: str = "stdout", *, follow: bool = True) -> Iterator[str]:
         """Yield the lines of a stream without their end: until the agent ends, or without `follow` until now."""

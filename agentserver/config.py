@@ -180,6 +180,10 @@ class ServerConfig:
     pub_hwm: int = _setting(
         1000, "messages queued for a subscriber of `pub_endpoint` that does not read; one of output brings at most "
         "32 KiB", "messages", 1, 1_000_000)
+    pattern_timeout_secs: float = _setting(
+        0.25, "how long the pattern of one search in output may be at work", "seconds", 0.01, 10)
+    queries: int = _setting(
+        4, "how many searches in output run at once, each in a process of its own; others wait", "processes", 1, 32)
     log_bytes: int = _setting(
         MIB, "size at which a log of the server's own is rotated", "bytes", 4 * KIB, 1024 * MIB)
     pass_environment: Tuple[str, ...] = _setting(

@@ -34,6 +34,7 @@ from .wire import (
 PROTOCOL_VERSION = "1.0.0"
 MAX_READ = 4 * 1024 * 1024       # bytes of output in one reply
 DEFAULT_READ = 64 * 1024
+MAX_PATTERN = 4096               # characters of a regular expression
 MAX_ITEMS = 10_000               # agents of one batch, topics of one subscription
 
 
@@ -162,6 +163,18 @@ class BatchControlCommand:
 
 
 @dataclass(frozen=True)
+class OutputQueryRequest:
+    type: ClassVar[str] = "output_query_request"
+    reply: ClassVar[str] = "output_query_response"
+    agent_id: str = wire(_agent_ref)
+    stream: str = wire(one_of("stdout", "stderr", "both"))
+    filter: Optional[str] = wire(text(MAX_PATTERN), None)
+    limit: int = wire(whole(), 1000)
+    offset: int = wire(whole(), 0)
+    tail: bool = wire(boolean, False)
+
+
+@dataclass(frozen=True)
 class StatsRequest:
     type: ClassVar[str] = "stats_request"
     reply: ClassVar[str] = "stats_response"
@@ -202,7 +215,8 @@ class ReloadRequest:
 
 REQUESTS: Dict[str, Any] = {cls.type: cls for cls in (
     HealthCheckRequest, SpawnRequest, ListAgentsRequest, ControlCommand, CustomActionRequest,
-    BatchControlCommand, StatsRequest, EventsRequest, SubscribeRequest, ShutdownRequest, ReloadRequest)}
+    BatchControlCommand, OutputQueryRequest, StatsRequest, EventsRequest, SubscribeRequest, ShutdownRequest,
+    ReloadRequest)}
 
 
 def read_request_id(obj: Json) -> str:
@@ -247,6 +261,13 @@ class ReadPayload:
 
 
 @dataclass(frozen=True)
+class QueryOutputPayload:
+    max_lines: int = wire(whole(), 100)
+    stdout: bool = wire(boolean, True)
+    stderr: bool = wire(boolean, True)
+
+
+@dataclass(frozen=True)
 class SignalPayload:
     signal: Any = wire(signal_spec)
 
@@ -262,6 +283,6 @@ COMMANDS: Dict[str, Any] = {
     "restart": StopPayload, "get_status": NoPayload, "inspect": NoPayload,
     "write_stdin": WriteStdinPayload, "close_stdin": NoPayload,
     "read_stdout": ReadPayload, "read_stderr": ReadPayload, "signal": SignalPayload,
-    "resize": TerminalSize, "custom_action": CustomActionPayload, "stream_logs": NoPayload,
-    "remove": NoPayload,
+    "resize": TerminalSize, "custom_action": CustomActionPayload, "query_output": QueryOutputPayload,
+    "stream_logs": NoPayload, "remove": NoPayload,
 }

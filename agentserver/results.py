@@ -161,6 +161,25 @@ class Chunk(Result):
 
 
 @dataclass(frozen=True)
+class FoundLines(Result):
+    """Lines of output that match. `total_lines` counts all that do, `has_more` says whether some are not in `lines`."""
+
+    lines: List[str] = field(default_factory=list)
+    total_lines: int = 0
+    has_more: bool = False
+
+
+@dataclass(frozen=True)
+class LastLines(Result):
+    """The last lines of each stream, and how many lines each has; None of a stream that was not asked for."""
+
+    stdout: List[str] = field(default_factory=list)
+    stderr: List[str] = field(default_factory=list)
+    stdout_lines: Optional[int] = None
+    stderr_lines: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class BatchOutcome(Result):
     """What a batch did, in the order of the agents; see `results` for each."""
 

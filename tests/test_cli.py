@@ -328,6 +328,35 @@ def test_ctrl_c_ends_following_not_the_agent(cli: Cli) -> None:
         assert wire.status(ref) == "running"
 
 
+def test_logs_with_a_pattern(either: Cli) -> None:
+    ref, other = either.spawn("print_when"), either.spawn("print_when", flags=("--name", "two"))
+    with LineWire(either.server.socket_path) as wire:
+        for each in (ref, other):
+            data = "".join(f"out line {n}\n" for n in range(20)) + "err oh\nexit 0\n"
+            wire.control(each, "write_stdin", data=data)
+            wire.ended(each)
+    assert either.run("logs", "--grep", "1[78]", ref) == ("line 17\nline 18\n", "")
+    assert either.run("logs", "--grep", "^line", "-n", "2", "--stream", "stdout", ref)[0] == "line 18\nline 19\n"
+    assert either.run("logs", "--grep", "no such line", ref, code=1) == ("", "")
+    assert "oh" in either.run("logs", "--grep", ".", "--stream", "stderr", ref)[0]
+    found, = [json.loads(line) for line in either.run("logs", "--json", "--grep", "e 3$", ref)[0].splitlines()]
+    assert (found["type"], found["text"]) == ("line", "line 3") and found["agent_id"].startswith(ref[:8])
+    two = either.run("logs", "--grep", "line 1$", ref, other)[0]
+    assert sorted(line.split("|")[1].strip() for line in two.splitlines()) == ["line 1"] * 2 and "two|" in two
+    assert "not a regular expression" in either.run("logs", "--grep", "(", ref, code=1)[1]
+    for flags in (("-f",), ("-t",), ("--since", "1h")):
+        assert "--grep" in either.run("logs", "--grep", "x", *flags, ref, code=2)[1]
+
+
+def test_logs_with_a_pattern_page_by_page(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "out").write_bytes(b"".join(b"line %d\n" % n for n in range(25_000)) + (b"x" * 3_000_000 + b"\n") * 5)
+    ref = cli.run("spawn", "--", "cat", str(tmp_path / "out"))[0].strip()
+    cli.run("wait", ref)
+    assert cli.run("logs", "--grep", "^line .*7$", ref)[0] == "".join(f"line {n}\n" for n in range(7, 25_000, 10))
+    assert cli.run("logs", "--grep", "^line", ref)[0].count("\n") == 25_000
+    assert len(cli.run("logs", "--grep", "xx", ref)[0]) == 5 * 3_000_001, "a page of fewer lines where they are long"
+
+
 def test_logs_of_several_agents_say_whose_line_it_is(cli: Cli) -> None:
     one, two = (cli.spawn("exit_with", "0", flags=("--name", name)) for name in ("first", "second"))
     cli.run("wait", one, two)

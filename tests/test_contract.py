@@ -408,11 +408,11 @@ def test_batch_edges(wire: Wire) -> None:
 
 def test_unknown_types_and_commands(wire: Wire) -> None:
     sleeper = wire.spawn("sleeper")
-    for kind in ("nonsense", "", "spawn_response", "output_query_request", "a" * 1000, "\ud800"):
+    for kind in ("nonsense", "", "spawn_response", "output_query_response", "a" * 1000, "\ud800"):
         reply = wire.ask(kind)
         assert reply["type"] == "error_response" and not reply["success"], reply
         assert reply["error_code"] in ("unknown_type", "bad_request")
-    for command in ("explode", "", "PAUSE", "query_output", "__init__"):
+    for command in ("explode", "", "PAUSE", "query_input", "__init__"):
         wire.cannot("unknown_command", sleeper, command)
     assert wire.status(sleeper) == "running"
 

@@ -28,7 +28,8 @@ def corpus(ref: str, finished: str) -> list[dict]:  # type: ignore[type-arg]
         "pause": {}, "resume": {}, "stop": {"grace_secs": 1000}, "get_status": {}, "inspect": {}, "stream_logs": {},
         "write_stdin": {"data": "x", "encoding": "utf-8"}, "read_stdout": {"offset": 0, "max_bytes": 10},
         "read_stderr": {"times": True}, "signal": {"signal": "SIGWINCH"}, "resize": {"rows": 1, "cols": 1},
-        "custom_action": {"action": "ping"}, "restart": {}, "query_output": {}, "remove": {}, "kill": {}}
+        "custom_action": {"action": "ping"}, "restart": {}, "remove": {}, "kill": {},
+        "query_output": {"max_lines": 3, "stdout": True, "stderr": False}}
     spawn = {"command": ["/nonexistent/x", "y"], "name": "n", "environment": {"A": "b"}, "labels": {"a": "b"},
              "cwd": "/", "stdin": "pipe", "grace_secs": 1, "limits": {"runtime_secs": 5}, "task": "t", "model": "m"}
     return [
@@ -41,7 +42,8 @@ def corpus(ref: str, finished: str) -> list[dict]:  # type: ignore[type-arg]
         {"type": "custom_action_request", "agent_id": ref, "action": "echo", "params": {"m": 1}, "timeout_secs": 1},
         {"type": "batch_control_command", "agent_ids": [ref, finished], "command_type": "get_status", "payload": {}},
         {"type": "batch_control_command", "labels": {"no": "such"}, "command_type": "pause", "fail_fast": True},
-        {"type": "output_query_request", "agent_id": ref, "stream": "both"},
+        {"type": "output_query_request", "agent_id": ref, "stream": "both", "filter": "(rea|x)dy?", "limit": 3,
+         "offset": 0, "tail": True},
         {"type": "shutdown_request", "mode": "no such mode"},
         *({"type": "control_command", "agent_id": finished if name in ("kill", "stop", "restart", "remove", "signal")
            else ref, "command_type": name, "payload": payload} for name, payload in commands.items()),

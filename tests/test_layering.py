@@ -54,7 +54,7 @@ HOMES = {
     "argparse": ("cli",),
     "subprocess": ("core.process", "core.keeper"),
     "resource": ("core.process", "cli.doctor"),
-    "fcntl": ("core.lock", "core.output", "core.run", "core.stdin", "core.pidfd", "core.terminal"),
+    "fcntl": ("core.lock", "core.output", "core.query", "core.run", "core.stdin", "core.pidfd", "core.terminal"),
     "ctypes": ("core.tree", "cli.doctor"),
     "threading": ("shell", "cli"),
     "multiprocessing": (),

@@ -65,6 +65,7 @@ def test_the_file_serves_and_controls(pyz: Path, python: str, start_server: Call
     assert command("send", "cat", "hello", "--eof").returncode == 0
     assert command("wait", done.stdout.strip()).returncode == 0
     assert command("logs", "cat").stdout == "hello\n"
+    assert command("logs", "cat", "--grep", "^h").stdout == "hello\n"
     assert command("info", "nobody").returncode == 4
 
 

@@ -28,6 +28,7 @@ REPLIES = {
     "health_check_request": "health_check_response", "spawn_request": "spawn_response",
     "list_agents_request": "list_agents_response", "control_command": "command_response",
     "custom_action_request": "command_response", "batch_control_command": "batch_control_response",
+    "output_query_request": "output_query_response",
     "stats_request": "stats_response", "events_request": "events_response",
     "subscribe_request": "subscribe_response", "shutdown_request": "shutdown_response",
     "reload_request": "reload_response",

@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections import deque
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, Tuple
 
-from . import connect, pieces
+from . import connect, grep, pieces
 from .pieces import Piece
 
 if TYPE_CHECKING:
@@ -23,12 +23,16 @@ Offsets = Dict[Tuple[str, str], int]
 
 
 def logs(given: Namespace) -> int:
-    """Print the output of agents; with --follow until they have ended."""
+    """Print the output of agents; with --follow until they have ended, with --grep only matching lines."""
+    if given.grep is not None:
+        grep.check(given)
     streams = ("stdout", "stderr") if given.stream == "both" else (given.stream,)
     with connect.patient(given) as client:
         limit = connect.deadline(given)
         agents = list({agent.id: agent for agent in map(client.agent, given.agents)}.values())
         infos = [agent.info() for agent in agents]
+        if given.grep is not None:
+            return grep.grep(given, list(zip(agents, infos)))
         write = _writer(given, infos)
         write(_all(client, given, list(zip(agents, infos)), streams, limit))
     return 0

@@ -195,6 +195,8 @@ def _reading(commands: Any) -> None:
     logs = _add(commands, "logs", MANY, "print what agents wrote")
     _flag(logs, "-f", "--follow", help="go on until the agents end")
     logs.add_argument("-n", "--lines", metavar="N", type=values.count, help="only the last N lines of each agent")
+    logs.add_argument("--grep", metavar="PATTERN", help="only lines in which a regular expression (syntax of Python's "
+                      "re) matches, both streams on stdout; exit code 1 when there is none")
     logs.add_argument("--since", metavar="T", type=values.moment,
                       help="only what was written since a time (2026-01-31T12:00:00Z) or in the last 30s, 10m, 2h, 1d")
     logs.add_argument("--stream", choices=("stdout", "stderr", "both"), default="both", help="default: both")

@@ -7,6 +7,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     backends    from a request to argv, environment, stdin        pure
     index       when it was written
     output      what an agent wrote, by absolute offset
+    pending     a reply that is not there yet
     log         our own log
     lock        one process per job and state directory
     channel     the line between keeper and child; carries descriptors
@@ -14,6 +15,9 @@ Owns:    this map. Read in this order; each file uses only those above it:
     counters    numbers that outlive us
     terminal    a pseudo-terminal: its two sides, its size, the relay that outlives us
     process     start, signal and reap one child
+    literals    words without which a pattern cannot match        pure
+    query       one question about output, in a process that a timer ends
+    queries     such questions as the core has them: their processes, their turns
     lastwords   how children ended, noted before they are reaped
     witness     whether a child began, when a core died in the middle of a spawn
     pidfd       how a process ended that is nobody's child of ours

@@ -11,6 +11,7 @@ more than a bounded amount for it.
 from __future__ import annotations
 
 import json
+import select
 import socket
 from collections import deque
 from typing import Deque, Protocol
@@ -18,12 +19,14 @@ from typing import Deque, Protocol
 from ..wire import MAX_WIRE, Json
 from . import framing
 from .control import Peer
+from .pending import Pending
 from .reactor import READ, WRITE, Reactor
 
 PIECE = 128 * 1024            # bytes read at once
 PER_TURN = 64                 # requests of one connection in one turn, so that others get theirs
 UNSENT_MOST = 16 * 1024 * 1024  # bytes of replies that may wait before we stop reading
 MISSED_MOST = 10_000          # topics of which it is remembered that something was dropped
+PROMISED_MOST = 8             # replies that are being made; until then no further request is handled
 
 
 class Desk(Protocol):
@@ -33,8 +36,8 @@ class Desk(Protocol):
     backlog_bytes: int
     message_bytes: int
 
-    def handle(self, raw: bytes | None, peer: Peer) -> bytes:
-        """Return the reply to one message."""
+    def handle(self, raw: bytes | None, peer: Peer) -> bytes | Pending:
+        """Return the reply to one message, or a promise of it."""
 
     def hello(self, facts: Json) -> None:
         """A shell said who it is."""
@@ -58,8 +61,8 @@ class Desk(Protocol):
 class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
-    __slots__ = ("_desk", "_eof", "_frames", "_inbox", "_lines", "_missed", "_out", "_peers", "_sock", "_unsent",
-                 "_watch", "name", "shell", "topics")
+    __slots__ = ("_desk", "_eof", "_frames", "_inbox", "_lines", "_missed", "_out", "_peers", "_promised", "_sock",
+                 "_unsent", "_watch", "name", "shell", "topics")
 
     def __init__(self, sock: socket.socket, name: str, desk: Desk) -> None:
         self._sock, self.name, self._desk = sock, name, desk
@@ -68,6 +71,7 @@ class Connection:
         self._inbox: Deque[tuple[int, Peer, bytes | None]] = deque()
         self._out: Deque[memoryview | bytes] = deque()
         self._unsent = 0
+        self._promised: set[Pending] = set()
         self._eof = False    # the peer sends nothing more; it may still want its replies
         self._peers: dict[bytes, Peer] = {}
         self.topics: tuple[str, ...] = ()
@@ -123,17 +127,32 @@ class Connection:
     def work(self) -> None:
         """Handle what waits, a bounded number at once; the rest has its turn in the next turn."""
         for _ in range(PER_TURN):
-            if not self._inbox or self._unsent > UNSENT_MOST:
+            if not self.waiting:
                 break
             tag, peer, body = self._inbox.popleft()
             reply = self._desk.handle(body, peer)
-            self._send(reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply))
+            if isinstance(reply, bytes):
+                self._answer(tag, reply)
+            else:
+                self._await(tag, reply)
         self._desk.dirty(self)
 
     @property
     def waiting(self) -> bool:
         """Whether requests wait that could be handled now."""
-        return bool(self._inbox) and self._unsent <= UNSENT_MOST
+        return bool(self._inbox) and self._unsent <= UNSENT_MOST and len(self._promised) < PROMISED_MOST
+
+    def _answer(self, tag: int, reply: bytes) -> None:
+        self._send(reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply))
+
+    def _await(self, tag: int, promise: Pending) -> None:
+        """Send a reply when it is made."""
+        def made(reply: bytes) -> None:
+            self._promised.discard(promise)
+            self._answer(tag, reply)
+            self._desk.dirty(self)
+        promise.then = made
+        self._promised.add(promise)
 
     def _peer(self, header: bytes) -> Peer:
         """Return who asks: this connection's own user, or whom the shell names beside the message."""
@@ -183,7 +202,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        if self._eof and not self._out and not self._inbox:
+        if self._eof and not self._out and (self._hung_up() if self._promised else not self._inbox):
             self.close()
             return
         if self._missed and self.room:
@@ -203,8 +222,17 @@ class Connection:
         self._out.appendleft(joined)
         return joined
 
+    def _hung_up(self) -> bool:
+        """Whether the peer has gone, and not only said that it sends nothing more (poll(2))."""
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        return bool(poll.poll(0))
+
     def close(self) -> None:
-        """Close the connection; what was asked is done, whoever is told."""
+        """Close the connection; what was asked is done, whoever is told, and what is being looked up is dropped."""
+        for promise in self._promised:
+            promise.drop()
+        self._promised.clear()
         if self._watch.active:
             self._desk.reactor.unwatch(self._watch)
             self._sock.close()

@@ -21,10 +21,14 @@ from .agent import Agent
 from .commands import EFFECTS, Commands
 from .facts import Facts
 from .feed import Subscriber
+from .pending import Pending
+from .queries import Queries
 from .registry import Ask
+from .run import STREAMS
 from .supervisor import Supervisor
 
 HEAD_BYTES = 1024  # of a reply, beside its list
+QUERY = "query_output"  # the one command whose reply comes later
 
 
 class Peer(NamedTuple):
@@ -44,10 +48,10 @@ class Done(NamedTuple):
 class Control:
     """See the module. `stats` returns the counters and what our processes use."""
 
-    def __init__(self, supervisor: Supervisor, facts: Facts, stats: Callable[[], Json],
+    def __init__(self, supervisor: Supervisor, queries: Queries, facts: Facts, stats: Callable[[], Json],
                  on_shutdown: Callable[[m.ShutdownRequest, Ask], None], on_reload: Callable[[], None], limit: int,
                  say: Callable[[str], None]) -> None:
-        self._supervisor, self._facts, self._stats = supervisor, facts, stats
+        self._supervisor, self._queries, self._facts, self._stats = supervisor, queries, facts, stats
         self._on_shutdown, self._on_reload, self._limit, self._say = on_shutdown, on_reload, limit, say
         self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
         self._commands = Commands(supervisor, facts)
@@ -62,8 +66,8 @@ class Control:
 
     # ------------------------------------------------------------ the door
 
-    def handle(self, raw: bytes | None, peer: Peer) -> bytes:
-        """Return the reply to one message; `None` stands for one that was too long to be kept."""
+    def handle(self, raw: bytes | None, peer: Peer) -> bytes | Pending:
+        """Return the reply to one message, or a promise of it; `None` stands for one that was too long to be kept."""
         self._count("requests")
         reply_type, request_id, obj = "error_response", None, None
         try:
@@ -79,6 +83,8 @@ class Control:
                 raise _unknown_type(obj)
             m.read_request_id(obj)
             reply = self._once(cls, obj, peer)
+            if isinstance(reply, Pending):
+                return reply
         except AgentServerError as e:
             reply = _failure(reply_type, request_id, str(e), e.code)
         except OSError as e:  # of the output files: out of descriptors, a disk that cannot be read
@@ -88,6 +94,10 @@ class Control:
             self._say("a request failed inside: " + traceback.format_exc())
             reply = _failure(reply_type, request_id, "something failed inside the server; its core.log says what",
                              "internal")
+        return self._checked(reply, reply_type, request_id, obj)
+
+    def _checked(self, reply: bytes, reply_type: str, request_id: str | None, obj: Json | None) -> bytes:
+        """Return a reply that can be sent, and count it if it is a failed one."""
         if len(reply) > self._limit:
             reply = _failure(reply_type, request_id, f"the reply would have {len(reply)} bytes and at most "
                              f"{self._limit} are allowed; ask for less at once", "message_too_large")
@@ -100,9 +110,11 @@ class Control:
         if obj is not None and obj.get("type") == "spawn_request":
             self._count("failed_spawns")
 
-    def _once(self, cls: Any, obj: Json, peer: Peer) -> bytes:
+    def _once(self, cls: Any, obj: Json, peer: Peer) -> bytes | Pending:
         """Do what is asked, or repeat the reply if it was done."""
         request = read(cls, obj)
+        if _asks_for_lines(request):
+            return self._query(request, obj["request_id"], peer.name)
         if not _has_effect(request):
             return self._do(request, Ask(peer.name, obj["request_id"]), peer)[0]
         ask = Ask(peer.name, obj["request_id"], hashlib.sha256(canonical(obj)).digest())
@@ -186,6 +198,8 @@ class Control:
         if (request.agent_ids is None) == (request.labels is None):
             raise RequestError("give either agent_ids or labels")
         checked = self._commands.check(request.command_type, request.payload)
+        if request.command_type == QUERY:
+            raise RequestError(f"{QUERY} is answered for one agent at a time; send a control_command for each")
         failed: list[str] = []
         results: list[str] = []
         done = _Success()
@@ -210,6 +224,31 @@ class Control:
         labels, ended = (request.labels or {}).items(), request.command_type == "remove"
         return [agent.id for agent in self._supervisor.agents.values()
                 if labels <= agent.labels.items() and agent.terminal == ended]
+
+    def _query(self, request: Any, request_id: str, by: str) -> Pending:
+        """Have the output of an agent searched by a process of its own; its answer becomes the reply."""
+        agent = self._supervisor.find(request.agent_id)
+        head: Json = {"type": request.reply, "request_id": request_id, "success": True}
+        search = isinstance(request, m.OutputQueryRequest)
+        if search:
+            streams, what = _searched(request)
+        else:
+            self._count("control_commands")
+            streams, what = _shown(self._commands.check(request.command_type, request.payload))
+
+        def answered(result: bytes | RequestError) -> None:
+            if agent.id not in self._supervisor.agents:
+                result = RequestError(f"{agent.label()} was removed meanwhile", "agent_not_found")
+            if isinstance(result, RequestError):
+                reply = _failure(request.reply, request_id, str(result), result.code)
+            elif search:
+                reply = b"%s,%s" % (encode(head)[:-1], result[1:])
+            else:
+                head.update(agent_id=agent.id, status=agent.status)
+                reply = b'%s,"data":%s}' % (encode(head)[:-1], result)
+            pending.complete(self._checked(reply, request.reply, request_id, None))
+        pending = Pending(self._queries.ask(agent.output, streams, what, by, answered))
+        return pending
 
     def _events(self, request: m.EventsRequest, ask: Ask, peer: Peer) -> Done:
         found = self._registry.events(request.since, request.limit + 1, self._agent_of_events(request.agent_id))
@@ -261,6 +300,25 @@ def _has_effect(request: Any) -> bool:
     if isinstance(request, (m.ControlCommand, m.BatchControlCommand)):
         return request.command_type in EFFECTS
     return isinstance(request, (m.SpawnRequest, m.ShutdownRequest, m.ReloadRequest))
+
+
+def _asks_for_lines(request: Any) -> bool:
+    """Whether a process of its own has to find the answer."""
+    return isinstance(request, m.OutputQueryRequest) or (
+        isinstance(request, m.ControlCommand) and request.command_type == QUERY)
+
+
+def _searched(request: m.OutputQueryRequest) -> tuple[list[str], Json]:
+    streams = list(STREAMS) if request.stream == "both" else [request.stream]
+    return streams, {"kind": "find", "filter": request.filter or None, "limit": request.limit,
+                     "offset": request.offset, "tail": request.tail}
+
+
+def _shown(payload: m.QueryOutputPayload) -> tuple[list[str], Json]:
+    streams = [name for name in STREAMS if getattr(payload, name)]
+    if not streams:
+        raise RequestError("payload.stdout and payload.stderr are both false; ask for one of them at least")
+    return streams, {"kind": "last", "filter": None, "limit": payload.max_lines, "offset": 0, "tail": True}
 
 
 def _readable_id(obj: Json) -> str | None:

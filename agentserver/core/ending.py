@@ -116,13 +116,13 @@ class Ending:
         return bool(self._parting)
 
     def reap(self) -> None:
-        """Collect every child that ended: leaders, and orphans that came back to us."""
-        gone = []
+        """Collect every child that ended: leaders, orphans that came back to us, and those that work for us."""
+        gone, helped = [], []
         family = self._family
-        for pid, code, number in process.ended(family.leaders):
+        for pid, code, number in process.ended([*family.leaders, *family.helpers]):
             agent = family.reaped(pid)
             if agent is None:
-                process.reap(pid)
+                helped.append((family.helped(pid), process.reap(pid)))
                 continue
             if not family.sees:  # the group's number is ours only until its leader is reaped
                 process.send_group(pid, SIGKILL)
@@ -131,6 +131,8 @@ class Ending:
             agent.run.ended = process.reap(pid)
             gone.append(agent)
         self._all_part(gone)
+        for tell, ended in helped:
+            tell(ended)
 
     def departed(self, pid: int, start: int, ended: Ended) -> None:
         """The keeper saw the end of a process that a core before us had started, or of something such a one left."""

@@ -18,6 +18,7 @@ from typing import Callable, Iterable
 
 from . import process, tree
 from .agent import Agent
+from .process import Ended
 from .takeover import Keeper
 from .tree import Proc
 
@@ -31,6 +32,8 @@ class Family:
 
     def __init__(self, subreaper: bool, keeper: Keeper, parts: Callable[[], set[int]]) -> None:
         self.leaders: dict[int, Agent] = {}
+        #: children that are no agent's but work for us, and whom to tell how they ended
+        self.helpers: dict[int, Callable[[Ended], None]] = {}
         self._sessions: dict[int, Agent] = {}  # the leaders, and those reaped whose tree is not gone yet
         self._known: set[str] = set()          # ids of all these
         self.sees = bool(tree.look(os.getpid()))  # is there a /proc?
@@ -54,6 +57,10 @@ class Family:
     def reaped(self, pid: int) -> Agent | None:
         """A child was reaped; return whose leader it was."""
         return self.leaders.pop(pid, None)
+
+    def helped(self, pid: int) -> Callable[[Ended], None]:
+        """A child was reaped that was no leader; return whom to tell how it ended: nobody, if it was an orphan."""
+        return self.helpers.pop(pid, lambda ended: None)
 
     def remove(self, agent: Agent) -> None:
         """Nothing of an agent is left."""
@@ -108,7 +115,7 @@ class Family:
 
     def _orphans(self, by_parent: dict[int, list[Proc]]) -> list[Proc]:
         """Return who came back, and of the children of others only those that something tells to be an agent's."""
-        parts = self._parts()
+        parts = self._parts() | self.helpers.keys()
         ours, others = self._reapers()
         found = [p for parent in ours for p in by_parent.get(parent, ()) if p.pid not in parts]
         return found + [p for parent in others - ours for p in by_parent.get(parent, ())
@@ -142,7 +149,7 @@ class Family:
         if self._adopted or not self._subreaper:
             return True
         pids = tree.own_children()
-        return pids is None or not self.leaders.keys() >= set(pids)
+        return pids is None or not self.leaders.keys() | self.helpers.keys() >= set(pids)
 
     def strays(self, ended: Agent) -> list[Proc]:
         """Return orphans that nothing places, and that no living agent could have started: `ended` has to answer."""

@@ -106,6 +106,10 @@ class Index:
             return _record(data, position - 1)
         return self._last(self._numbers[place - 1]) if place else _NO_RECORD
 
+    def latest(self) -> float:
+        """Return the time of the last record, 0 if there is none."""
+        return self._last(self._numbers[-1])[TIME] / 1e6
+
     def _find(self, column: int, least: int) -> tuple[int, int, bytes]:
         """Return file, position and the file's records of the first record with `column` >= `least`."""
         low, high = 0, len(self._numbers) - 1

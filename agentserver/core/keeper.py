@@ -29,7 +29,7 @@ from .link import dial
 from .lock import held_by_another
 from .log import Log
 from .notify import Notify, stored
-from .part import Part, can_start, home, program
+from .part import Part, can_start
 from .renew import become, stamp
 
 WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
@@ -43,7 +43,7 @@ class Keeper:
                  log: str) -> None:
         self._config, self._on_ready, self._lock, self._log = config, on_ready, lock, log
         self._say = Log(log or None, config.log_bytes)
-        self._stamp, self._renewing, self._reload_asked = stamp(home()), False, False
+        self._stamp, self._renewing, self._reload_asked = stamp(process.home()), False, False
         self._started_at, self._generation = time.time(), 1
         self._nofile = process.raise_descriptor_limit()[0]
         self._notify = Notify(os.environ)
@@ -239,7 +239,7 @@ class Keeper:
         if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
             return
         self._renewing = False
-        if stamp(home()) == self._stamp:
+        if stamp(process.home()) == self._stamp:
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
         loads, waiting = can_start(), self._word_waits()
@@ -255,7 +255,7 @@ class Keeper:
         fds = [fd for names in held.values() for fd in names.values()]
         channels = [part.channel.fileno() for part in parts if part.channel is not None]
         with self._notify.carried(os.environ):
-            become([*program(), "_renewed"], state, [self._lock, *channels, *fds])
+            become([*process.program(), "_renewed"], state, [self._lock, *channels, *fds])
 
     def _word_waits(self) -> bool:
         """Whether somebody has said something that we have not acted on."""

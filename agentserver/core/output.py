@@ -248,6 +248,11 @@ class OutputLog:
 
     # ------------------------------------------------------------ reading
 
+    @property
+    def directory(self) -> str:
+        """Where the files are."""
+        return self._directory
+
     def span(self, stream: str) -> tuple[int, int]:
         """Return the first kept offset and the end offset."""
         s = self._stream(stream)
@@ -329,7 +334,7 @@ class OutputLog:
             if at >= stop:
                 break
         if at < stop:
-            found.append((self._at, stop))
+            found.append((max(self._at, self._index.latest()), stop))  # a file's own time is some milliseconds behind
         return found
 
     def offset_at(self, stream: str, when: float) -> int:
@@ -467,6 +472,16 @@ def _numbered_files(directory: str) -> Iterator[tuple[str, int, os.stat_result]]
             for entry in entries:
                 name, _, digits = entry.name.partition(".")
                 if len(digits) == 20 and digits.isascii() and digits.isdigit() and int(digits) <= MAX_OFFSET:
-                    yield name, int(digits), entry.stat(follow_symlinks=False)
+                    status = _status(entry)
+                    if status is not None:
+                        yield name, int(digits), status
     except (FileNotFoundError, NotADirectoryError):
         pass
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return None of a file that was dropped meanwhile: a process that only reads looks while the core writes."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None

@@ -1,6 +1,6 @@
 """Core or shell, as the keeper sees them: one process of our own program.
 
-Owns:    how a part is started, whether it lives, and when it may be started again; which program that is.
+Owns:    how a part is started, whether it lives, and when it may be started again.
 Runs in: the keeper.
 Unaware: of what the parts do and of each other.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 
 from ..config import ServerConfig
@@ -44,7 +43,7 @@ class Part:
         log = os.open(os.path.join(self._config.state_dir, self.name + ".log"),
                       os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            self.pid = process.start([*program(), "_" + self.name], {0: theirs.fileno(), 1: log, 2: log})
+            self.pid = process.start([*process.program(), "_" + self.name], {0: theirs.fileno(), 1: log, 2: log})
         finally:
             theirs.close()
             os.close(log)
@@ -98,19 +97,7 @@ class Part:
             self.channel.send({"stop": True, "again": again})
 
 
-def home() -> str:
-    """Return where this very package is: its directory, or the single file that holds it."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return package if os.path.isdir(package) else os.path.dirname(package)
-
-
-def program() -> list[str]:
-    """Return the argv that starts this very package."""
-    where = home()
-    return [sys.executable, os.path.join(where, "__main__.py") if os.path.isdir(where) else where]
-
-
 def can_start() -> bool:
     """Whether the code that is on disk now can be loaded at all; a keeper that could not would be a dead one."""
-    pid = process.start([*program(), "_check"], {})
+    pid = process.start([*process.program(), "_check"], {})
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

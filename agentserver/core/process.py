@@ -40,11 +40,33 @@ class Ended(NamedTuple):
     max_rss_bytes: int | None
 
 
-def start(argv: Sequence[str], descriptors: Mapping[int, int]) -> int:
-    """Start a process of our own in a session of its own, with our environment and just these descriptors."""
+def home() -> str:
+    """Return where this very package is: its directory, or the single file that holds it."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return package if os.path.isdir(package) else os.path.dirname(package)
+
+
+def program() -> list[str]:
+    """Return the argv that starts this very package."""
+    where = home()
+    return [sys.executable, os.path.join(where, "__main__.py") if os.path.isdir(where) else where]
+
+
+def start(argv: Sequence[str], descriptors: Mapping[int, int], session: bool = True) -> int:
+    """Start a process of our own with our environment and just these descriptors; in a session of its own, or in
+    ours, where it must never be taken for the leader of an agent's."""
     actions = [(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in descriptors.items()]
-    return os.posix_spawn(argv[0], list(argv), os.environ, file_actions=actions, setsid=True,
+    return os.posix_spawn(argv[0], list(argv), os.environ, file_actions=actions, setsid=session,
                           setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
+
+
+def confine(memory_bytes: int) -> None:
+    """Bound the address space of this very process, and let it leave no core dump."""
+    for limit, most in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0)):
+        try:
+            resource.setrlimit(limit, (most, most))
+        except (ValueError, OSError):  # a lower one holds already; macOS has no RLIMIT_AS
+            pass
 
 
 def collect(look: Callable[[int], T]) -> Iterator[tuple[int, Ended, T]]:

@@ -32,6 +32,7 @@ from .lastwords import LastWords
 from .lock import held
 from .log import Log
 from .pushing import Pushing
+from .queries import Queries
 from .reactor import READ, WRITE, Reactor
 from .registry import Ask, Registry, check_registry
 from .supervisor import SERVER, Supervisor
@@ -68,8 +69,9 @@ class Service:
                                      self.counters, os.environ, started["nofile"], family, self._last_words,
                                      self._witness, self._keeper, say)
         self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper)
-        self.control = Control(self.supervisor, self.facts, self._stats, self._on_shutdown, self._on_reload,
-                               config.message_bytes, say)
+        self._queries = Queries(self.reactor, family.helpers, config)
+        self.control = Control(self.supervisor, self._queries, self.facts, self._stats, self._on_shutdown,
+                               self._on_reload, config.message_bytes, say)
         self.handle = self.control.handle
         self._feed = feed
         self._connections: set[Connection] = set()
@@ -133,6 +135,7 @@ class Service:
     def run(self) -> None:
         """Serve until the server's own end, then close everything."""
         self.reactor.run()
+        self._queries.close(None if self.yielded else RequestError("the server is shutting down", "shutting_down"))
         for connection in list(self._connections):
             connection.send_now()
             connection.close()

@@ -19,7 +19,6 @@ from .keeper import Keeper
 from .lock import lock
 from .log import redirect
 from .notify import forget
-from .part import program
 from .process import FDS_PER_AGENT, FDS_RESERVE
 from .renew import restore
 
@@ -97,7 +96,7 @@ def start_detached(config: ServerConfig) -> None:
     ours, theirs = socket.socketpair()
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
-        pid = process.start([*program(), "_keeper"], {0: theirs.fileno(), 1: null, 2: null})
+        pid = process.start([*process.program(), "_keeper"], {0: theirs.fileno(), 1: null, 2: null})
     finally:
         theirs.close()
         os.close(null)
