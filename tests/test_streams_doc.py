@@ -206,6 +206,23 @@ def test_a_follower_of_an_idle_agent_asks_nothing(program: str, start_server: Ca
         assert copy.end() == 0
 
 
+def test_an_agent_on_a_terminal_has_one_stream(server: Server, follower: Callable[..., Follower]) -> None:
+    with LineWire(server.socket_path) as wire:
+        agent = wire.spawn("", command=["sh", "-c", "stty -a; echo error >&2; read line; stty size; sleep 1000"],
+                           stdin="pty", pty={"rows": 30, "cols": 100}, ready=False)
+        assert wire.read(agent, "stderr", offset=0)["eof"], "it ends before it began"
+        copy = follower(server, agent)
+        copy.start("zeromq")
+        wait_until(lambda: copy.size() and b"error\r\n" in copy.path("stdout").read_bytes(), what="its stderr")
+        assert b"rows 30; columns 100" in copy.path("stdout").read_bytes()
+        wire.control(agent, "resize", rows=24, cols=80)
+        wire.control(agent, "write_stdin", data="typed\r")
+        wait_until(lambda: b"typed\r\n24 80\r\n" in copy.path("stdout").read_bytes(), what="the echo and the new size")
+        wire.control(agent, "write_stdin", data="\u0003")
+        assert copy.end() == 0
+        assert copy.path("stdout").read_bytes() == wire.output(agent) and not copy.path("stderr").read_bytes()
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_agent_that_is_not_there_is_one_sentence(program: str, server: Server,
                                                     follower: Callable[..., Follower]) -> None:
