@@ -40,8 +40,9 @@ T = TypeVar("T")
 
 def without_ssh(mark: object) -> dict[str, str]:
     """Return what a client's environment needs so that `ssh://` addresses lead to this machine, without ssh."""
+    program = f"{shlex.quote(sys.executable)} {shlex.quote(str(MAIN))}"
     return {"AGENTSERVER_SSH": str(AGENTS / "ssh"),
-            "AGENTSERVER_SSH_COMMAND": f"{MARK}={mark} exec {shlex.quote(sys.executable)} {shlex.quote(str(MAIN))} stdio"}
+            "AGENTSERVER_SSH_COMMAND": f"{MARK}={mark} exec {program} stdio"}
 
 
 def wait_until(condition: Callable[[], T], deadline: float = DEADLINE_SECS, what: str = "") -> T:

@@ -32,6 +32,7 @@ REPLIES = {
     "custom_action_request": "command_response", "batch_control_command": "batch_control_response",
     "stats_request": "stats_response", "events_request": "events_response",
     "subscribe_request": "subscribe_response", "shutdown_request": "shutdown_response",
+    "reload_request": "reload_response",
 }
 TERMINAL = ("completed", "failed", "terminated")
 

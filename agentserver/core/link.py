@@ -13,7 +13,8 @@ import struct
 import sys
 import time
 from collections import deque
-from typing import Any, Deque, Dict, List, Optional, Protocol, Sequence, Set, Tuple
+from typing import Any, Deque, Dict, List, Optional, Protocol, Sequence, Tuple
+from weakref import WeakSet
 
 from ..errors import LinkError, RequestError, RequestTimeout
 from ..wire import MAX_WIRE, encode
@@ -225,7 +226,7 @@ class _Trunk:
     def __init__(self, route: Route) -> None:
         self.route = route
         self.audience = Audience()
-        self.users: Set[LineLink] = set()
+        self.users: WeakSet[LineLink] = WeakSet()   # one that was forgotten uses nothing
         self._lines: Optional[_Lines] = None
 
     def ask(self, raw: bytes, timeout: float) -> bytes:

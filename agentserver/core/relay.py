@@ -83,8 +83,11 @@ class Unanswered:
                 self._topics, self._sequence = parsed(request)["topics"], int(reply.get("sequence") or 0)
 
     def _heard(self, line: bytes) -> None:
-        if not line.startswith(b'{"type":"log_stream"'):  # those are found again by their offsets
-            self._sequence = max(self._sequence, int(parsed(line).get("sequence") or 0))
+        if line.startswith(b'{"type":"log_stream"'):  # those are found again by their offsets; and they are many
+            return
+        event = parsed(line)
+        if event.get("type") != "log_stream":
+            self._sequence = max(self._sequence, int(event.get("sequence") or 0))
 
     def again(self) -> List[bytes]:
         """Return what to send first on a new connection."""
