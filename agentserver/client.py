@@ -62,8 +62,9 @@ def open_link(address: str) -> Link:
                             "or use the local socket (unix:STATE_DIR)") from None
         return ZmqLink(address)
     if address.startswith("ssh://"):
-        raise LinkError("ssh:// addresses come in a later version; forward the port with ssh -L and use tcp://")
-    raise LinkError(f"{address!r} is not an address; use tcp://HOST:PORT, ipc:///PATH, or unix:/PATH "
+        from .core.ssh import SshRoute
+        return LineLink.over(SshRoute(address))
+    raise LinkError(f"{address!r} is not an address; use tcp://HOST:PORT, ipc:///PATH, ssh://HOST, or unix:/PATH "
                     "of a state directory or its core.sock")
 
 
@@ -72,8 +73,9 @@ def open_link(address: str) -> Link:
 class AgentClient:
     """A client of one server; a context manager. Not to be shared between threads: make one for each.
 
-    `address`     `tcp://…`, `ipc://…` (need pyzmq) or `unix:PATH`; `None`: AGENTSERVER_SERVER, else the local
-                  state directory's core socket if it exists, else tcp://127.0.0.1:5555
+    `address`     `tcp://…`, `ipc://…` (need pyzmq), `ssh://[USER@]HOST[:PORT][/STATE_DIR]` or `unix:PATH`;
+                  `None`: AGENTSERVER_SERVER, else the local state directory's core socket if it exists, else
+                  tcp://127.0.0.1:5555
     `timeout`     seconds for one request, with all its tries
     `retry_secs`  how long a server that cannot be reached is tried again; `None`: 10 for one that was reached
                   before, 1 for others, 0 where there is not even a socket
@@ -100,12 +102,14 @@ class AgentClient:
         self._link.close()
 
     def open_link(self) -> Link:
-        """Return a second link to the same server, for who wants to listen; the caller closes it."""
-        return open_link(self.address)
+        """Return a second link to the same server, for who wants to listen in this thread; the caller closes it."""
+        return self._link.listener()
 
     def second(self, retry_secs: float) -> AgentClient:
-        """Return another client of the same server, with another patience; the caller closes it."""
-        return AgentClient(self.address, timeout=self.timeout, retry_secs=retry_secs)
+        """Return another client of the same server, with another patience, for this thread; the caller closes it."""
+        other = AgentClient(self.address, timeout=self.timeout, retry_secs=retry_secs)
+        other._link = self.open_link()
+        return other
 
     # ------------------------------------------------------------ one request
 

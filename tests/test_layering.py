@@ -42,9 +42,10 @@ ACROSS = {
     "core": (),
     "shell": ("core.link", "core.framing", "core.serving", "core.lock", "core.channel"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
-    "client": ("core.link", "core.lifecycle", "shell.link"),
-    # `serve` becomes a keeper and `doctor` looks at what one would need; all else goes through the client
-    "cli": ("client", "core.serving", "core.lifecycle", "core.process", "core.pidfd"),
+    "client": ("core.link", "core.ssh", "core.lifecycle", "shell.link"),
+    # `serve` becomes a keeper, `stdio` a relay, and `doctor` looks at what one would need; all else goes through the
+    # client
+    "cli": ("client", "core.serving", "core.relay", "core.lifecycle", "core.process", "core.pidfd"),
 }
 #: special modules of Python, and the only files (or folders) that may import them
 HOMES = {

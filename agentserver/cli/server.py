@@ -178,8 +178,8 @@ def shutdown(given: Namespace) -> int:
 def _wait_gone(client: AgentClient, pid: str, drain: bool, limit: float | None) -> None:
     """Wait until nobody answers any more, or another server does."""
     doing = "draining" if drain else "ending"
-    with connect.progress(doing) as shown:
-        while (left := _active(client.address, pid)) is not None:
+    with connect.progress(doing) as shown, _looking(client) as looker:
+        while (left := _active(looker, pid)) is not None:
             shown["what"] = f"{doing}: {show.plural(left, 'agent')} left"
             if limit is not None and time.monotonic() >= limit:
                 raise RequestTimeout(f"the server is still {doing}, with {show.plural(left, 'agent')} left; "
@@ -187,17 +187,25 @@ def _wait_gone(client: AgentClient, pid: str, drain: bool, limit: float | None) 
             time.sleep(LOOK_SECS)
 
 
-def _active(address: str, pid: str) -> int | None:
-    """Return how many agents the server with this pid still has; None if it is not there."""
+def _looking(client: AgentClient) -> AgentClient:
+    """Return a client that does not wait long: one for all looks, because over ssh a connection is dear."""
     from ..client import AgentClient
-    try:
-        with AgentClient(address, timeout=LOOK_ANSWER_SECS, retry_secs=0) as client:
-            found = client.health()
+    return AgentClient(client.address, timeout=LOOK_ANSWER_SECS, retry_secs=0)
+
+
+def _active(looker: AgentClient, pid: str) -> int | None:
+    """Return how many agents the server with this pid still has; None if it is not there."""
+    for _ in range(2):  # a connection that broke says nothing yet: the core may have been started again
+        try:
+            found = looker.health()
             return found.active_agents if str(found.metadata.get("pid", "")) == pid else None
-    except (LinkError, RequestTimeout):
-        return None
-    except AgentServerError as e:
-        return None if e.code == "unavailable" else 0
+        except LinkError:
+            continue
+        except RequestTimeout:
+            return None
+        except AgentServerError as e:
+            return None if e.code == "unavailable" else 0
+    return None
 
 
 def _wait_ended(pid: str) -> None:

@@ -125,6 +125,10 @@ class ZmqLink:
         """The descriptor of the SUB socket. It is edge-triggered: see `Link.event_fd`."""
         return int(self._sub.getsockopt(zmq.FD)) if self._sub is not None else -1
 
+    def listener(self) -> ZmqLink:
+        """Return another link to the same server; the caller closes it."""
+        return ZmqLink(self._endpoint)
+
     def _drop_req(self) -> None:
         if self._req is not None:
             self._req.close()
