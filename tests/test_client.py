@@ -20,7 +20,7 @@ import pytest
 from fakecore import Connection, FakeCore
 from support import MAIN, wait_until
 
-from agentserver import AgentClient, client, follow
+from agentserver import AgentClient, OutputDropped, address, follow
 from agentserver.core.link import LineLink, NotThere, socket_path
 from agentserver.errors import LinkError, RequestError, RequestTimeout
 from agentserver.wire import encode, wire_text
@@ -36,6 +36,7 @@ class Story:
         self.output = {"stdout": b"", "stderr": b""}
         self.first = 0               # bytes before are no longer kept
         self.status = "running"
+        self.beat_secs = 10.0        # how often it says that its heart beats
         self.events: List[Json] = []
         self.asked: List[Json] = []
         self.listeners: List[Connection] = []
@@ -54,6 +55,9 @@ class Story:
             if topic.startswith(ID + "."):
                 self.tell(len(self.output[topic[37:]]), len(self.output[topic[37:]]), topic[37:])
         return {"sequence": len(self.events)}
+
+    def health_check_request(self, message: Json, connection: Connection) -> Json:
+        return {"healthy": True, "metadata": {"status_update_interval_secs": str(self.beat_secs)}}
 
     def control_command(self, message: Json, connection: Connection) -> Json:
         command = message["command_type"]
@@ -144,19 +148,19 @@ def caller(core: FakeCore, state_dir: Path, request: pytest.FixtureRequest) -> I
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look at the truth often, as over a link that loses hints."""
-    monkeypatch.setattr(LineLink, "recheck_secs", 0.05)
+def hasty(story: Story) -> None:
+    """A heart that beats so often that followers soon notice that it does not."""
+    story.beat_secs = 0.02
 
 
 # ---------------------------------------------------------------- addresses
 
 def test_an_address_is_found_when_none_is_given(state_dir: Path) -> None:
-    assert client.default_address({"AGENTSERVER_SERVER": "tcp://h:1", "HOME": "/x"}) == "tcp://h:1"
+    assert address.default_address({"AGENTSERVER_SERVER": "tcp://h:1", "HOME": "/x"}) == "tcp://h:1"
     environ = {"AGENTSERVER_STATE_DIR": str(state_dir), "HOME": "/x"}
-    assert client.default_address(environ) == "tcp://127.0.0.1:5555"
+    assert address.default_address(environ) == "tcp://127.0.0.1:5555"
     (state_dir / "core.sock").touch()
-    assert client.default_address(environ) == f"unix:{state_dir}/core.sock"
+    assert address.default_address(environ) == f"unix:{state_dir}/core.sock"
 
 
 @pytest.mark.parametrize("address, sentence", [
@@ -291,11 +295,11 @@ def test_one_agent_too_large_for_a_reply_is_said(caller: AgentClient, core: Fake
 # ---------------------------------------------------------------- following output
 
 def followed(caller: AgentClient, **options: Any) -> Dict[str, bytes]:
-    """Follow to the end and put together what came; each chunk has to begin where the one before ended."""
+    """Follow to the end and put together what came; each piece has to begin where the one before ended."""
     got, reached = {"stdout": b"", "stderr": b""}, {"stdout": 0, "stderr": 0}
     for agent_id, stream, chunk in caller.follow("worker", timeout=20, **options):
-        assert agent_id == ID and chunk.offset == reached[stream] + chunk.dropped
-        assert len(chunk.data) == chunk.next_offset - chunk.offset
+        assert agent_id == ID and chunk.offset == reached[stream]
+        assert len(chunk.data) == chunk.next_offset - chunk.offset - chunk.dropped
         got[stream] += chunk.data
         reached[stream] = chunk.next_offset
     return got
@@ -398,12 +402,23 @@ def test_a_broken_connection_loses_and_repeats_nothing(caller: AgentClient, core
     assert follower.finished() == b"before meanwhile after"
 
 
-def test_dropped_bytes_are_counted(caller: AgentClient, story: Story) -> None:
+def test_one_gap_stands_in_the_place_of_dropped_bytes(caller: AgentClient, story: Story) -> None:
     story.write(b"0123456789")
     story.first = 4
     story.end()
-    (_, _, chunk), = caller.follow("worker", streams=["stdout"], offsets={"stdout": 1})
-    assert (chunk.data, chunk.offset, chunk.dropped) == (b"456789", 4, 3)
+    (_, _, gap), (_, _, chunk) = caller.follow("worker", streams=["stdout"], since={"stdout": 1})
+    assert gap == OutputDropped(ID, "stdout", 1, 4) and (gap.offset, gap.next_offset, gap.data) == (1, 4, b"")
+    assert (chunk.data, chunk.offset, chunk.dropped) == (b"456789", 4, 0)
+
+
+def test_a_gap_ends_a_line(caller: AgentClient, story: Story) -> None:
+    story.write(b"one\nt")
+    lines = caller.agent("worker").lines()
+    assert next(lines) == "one"
+    story.write(b"wo\nthree\n", push=False)
+    story.first = 10
+    story.end()
+    assert list(lines) == ["t", "ree"]
 
 
 def test_offsets_say_where_to_begin(caller: AgentClient, story: Story) -> None:
@@ -416,7 +431,7 @@ def test_offsets_say_where_to_begin(caller: AgentClient, story: Story) -> None:
 
 def test_a_lost_end_of_a_stream_is_looked_for_soon(caller: AgentClient, story: Story) -> None:
     """A message before the end did not come either, so the end is not waited for until the next regular look."""
-    assert LineLink.recheck_secs >= 10
+    story.beat_secs = 20.0
     follower = Both(caller.address)
     wait_until(lambda: len(story.reads()) == 2)
     story.write(b"lost", push=False)
@@ -426,7 +441,7 @@ def test_a_lost_end_of_a_stream_is_looked_for_soon(caller: AgentClient, story: S
     story.tell(0, 0, "stderr")             # stderr is done; the end of stdout is dropped
     began = time.monotonic()
     follower.finished()
-    assert follower.got == story.output and time.monotonic() - began < LineLink.recheck_secs / 2
+    assert follower.got == story.output and time.monotonic() - began < story.beat_secs / 2
 
 
 def test_a_follower_can_be_bounded_in_time(caller: AgentClient) -> None:
@@ -498,8 +513,8 @@ def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, co
     looked = threading.Event()
     real = follow.Hints.looked
 
-    def look(self: follow.Hints) -> None:
-        real(self)
+    def look(self: follow.Hints, key: str) -> None:
+        real(self, key)
         looked.set()
 
     def end_and_go() -> None:
@@ -508,7 +523,7 @@ def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, co
         story.end()
         core.close()
 
-    caller._retry_secs = 1000.0   # were `caller` to ask after that, the test would hang
+    caller._calls.retry_secs = 1000.0   # were `caller` to ask after that, the test would hang
     thread = threading.Thread(target=end_and_go)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
@@ -521,7 +536,7 @@ def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, co
 
 def test_a_told_end_is_not_believed_of_an_agent_that_runs_again(caller: AgentClient, story: Story) -> None:
     story.before_reply["get_status"] = lambda: threading.Timer(0.1, story.end).start()
-    assert caller.agent("worker").wait(timeout=20).code == 3 and ID in caller.ends
+    assert caller.agent("worker").wait(timeout=20).code == 3 and ID in caller._calls.ends
     story.happen("running", push=False)
     with pytest.raises(RequestTimeout):
         caller.wait(ID, timeout=0.05)
@@ -569,7 +584,7 @@ def test_from_now_on_means_nothing_old(caller: AgentClient, story: Story) -> Non
 def test_the_newest_event_is_found_also_without_being_told(caller: AgentClient, story: Story) -> None:
     for status in itertools.islice(itertools.cycle(["running", "paused"]), 7):
         story.happen(status)
-    assert follow._latest(caller) == 7
+    assert caller._run(follow._latest(caller._calls)) == 7
 
 
 # ---------------------------------------------------------------- over ZeroMQ

@@ -12,6 +12,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from ..errors import AgentServerError, LinkError, RequestError, RequestTimeout
+from ..results import EventsDropped
 from ..wire import Json
 from . import connect, exits, out, show
 
@@ -83,7 +84,10 @@ def events(given: Namespace) -> int:
                 shown.show(event)
             return exits.OK
         for event in client.follow_events(since=given.since):
-            shown.show(event)
+            if isinstance(event, EventsDropped):
+                _tell_gap(event.from_sequence, event.to_sequence)
+            else:
+                shown.show(event)
     return exits.OK
 
 
@@ -93,11 +97,15 @@ def _kept(client: AgentClient, since: int) -> Iterator[Json]:
     while True:
         page = client.events(since=since, limit=1000)
         if first and since and page.first_kept > since + 1:
-            exits.note(f"the events from {since + 1} to {page.first_kept - 1} are no longer kept")
+            _tell_gap(since + 1, page.first_kept - 1)
         yield from page.events
         if not page.more:
             return
         since, first = page.next, False
+
+
+def _tell_gap(first: int, last: int) -> None:
+    exits.note(f"the events from {first} to {last} are no longer kept")
 
 
 class _Shown:

@@ -40,14 +40,15 @@ class Link(Protocol):
 
     #: after so many seconds without a reply the request is better sent again; `inf` where a dead peer is noticed
     attempt_secs: float
-    #: how often a follower looks at the truth without having been told to
-    recheck_secs: float
 
     def request(self, raw: bytes, timeout: float) -> bytes:
         """Return the reply; raise `RequestTimeout`, or `LinkError` when the server is not reached."""
 
-    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0) -> Json:
-        """Listen to these topic prefixes from now on, instead of those before."""
+    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0,
+                  endpoint: str = "") -> Json:
+        """Listen to these topic prefixes from now on, instead of those before; `endpoint` is where they are told.
+
+        Returns what confirms it, or nothing where nothing does."""
 
     def next_event(self, timeout: Optional[float]) -> Optional[Json]:
         """Return the next event or `None` after `timeout` seconds (`None`: wait for ever); `LinkError` if cut off."""
@@ -287,7 +288,6 @@ class LineLink:
     """A client's way to a core, by lines. Links that were made by `listener` may share one connection."""
 
     attempt_secs = float("inf")
-    recheck_secs = 10.0
 
     def __init__(self, path: str = "", trunk: Optional[_Trunk] = None) -> None:
         self._trunk = trunk or _Trunk(LocalRoute(path))
@@ -310,7 +310,8 @@ class LineLink:
         self._trunk.users.add(self)
         return self._trunk.ask(raw, timeout)
 
-    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0) -> Json:
+    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0,
+                  endpoint: str = "") -> Json:
         """Listen to these topic prefixes; return the `subscribe_response`."""
         self._leave()
         listener, audience = Listener(topics, since), self._trunk.audience

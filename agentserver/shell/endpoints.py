@@ -220,6 +220,16 @@ def probe(endpoint: str, timeout: float) -> None:
                         "start one with: agentserver serve") from None
 
 
+def connected(sock: zmq.Socket[Any], endpoint: str) -> zmq.Socket[Any]:
+    """Connect a client's socket and return it, or close it and say why not."""
+    try:
+        sock.connect(endpoint)
+    except zmq.ZMQError as e:
+        sock.close()
+        raise LinkError(f"cannot connect to {endpoint}: {e.strerror}") from None
+    return sock
+
+
 # ---------------------------------------------------------------- replies
 
 def failed_reply(raw: bytes, code: str, sentence: str) -> bytes:
