@@ -71,7 +71,7 @@ class Calls:
         attempt, left = self._attempt_secs, timeout
         while left > 0:
             try:
-                reply: bytes = yield Ask(raw, request_id, min(left, attempt))
+                reply: bytes = yield Ask(raw, request_id, min(left, attempt), left)
                 self._met = True
                 return reply
             except RequestTimeout:

@@ -15,11 +15,15 @@ T = TypeVar("T")
 
 
 class Ask(NamedTuple):
-    """Send a request that has this id, once; gives the raw reply."""
+    """Send a request that has this id, once; gives the raw reply.
+
+    `timeout` is for this try; where many ask at once, it may have to wait for its turn at most `left` seconds.
+    """
 
     raw: bytes
     request_id: str
     timeout: float
+    left: float
 
 
 class HangUp(NamedTuple):

@@ -36,6 +36,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     service     the core process
     audience    who listens on a connection, and to what              pure
     link        the other end: how the shell and clients talk to a core
+    alink       the same for asynchronous clients
     ssh         the way to a server on another machine
     relay       what `agentserver stdio` does: between stdin, stdout and a core
     notify      the service manager: readiness, watchdog, its store of descriptors

@@ -45,14 +45,14 @@ def parsed(line: bytes) -> Json:
 class Listener:
     """One who listens: its topics (prefixes), and what it was told and has not looked at."""
 
-    __slots__ = ("_heard", "_newest", "_size", "missed", "since", "topics")
+    __slots__ = ("_heard", "_newest", "missed", "since", "topics", "unheard")
 
     def __init__(self, topics: Sequence[str], since: Optional[int]) -> None:
         self.topics = tuple(topics)
         self.since = since
         self.missed = False    # it was told more than is kept for it, and has lost that
         self._heard: Deque[Tuple[Json, int]] = deque()   # with the length of each
-        self._size = 0
+        self.unheard = 0       # bytes that it has not looked at
         self._newest = since or 0
 
     def hear(self, event: Json, size: int) -> None:
@@ -64,9 +64,9 @@ class Listener:
             if sequence < self._newest:
                 return
             self._newest = sequence
-        self._size += size
+        self.unheard += size
         self._heard.append((event, size))
-        if self._size > HEARD_BYTES:
+        if self.unheard > HEARD_BYTES:
             self._heard.clear()
             self.missed = True
 
@@ -75,7 +75,7 @@ class Listener:
         if not self._heard:
             return None
         event, size = self._heard.popleft()
-        self._size -= size
+        self.unheard -= size
         return event
 
 
@@ -119,6 +119,11 @@ class Audience:
         message = {"type": "subscribe_request", "request_id": new_id(), "topics": self._topics()}
         self._ours.add(str(message["request_id"]))
         return encode(message) + b"\n"
+
+    @property
+    def unheard(self) -> int:
+        """How many bytes of events the slowest listener has not looked at."""
+        return max((listener.unheard for listener in self._listeners), default=0)
 
     def _topics(self) -> List[str]:
         return list(dict.fromkeys(topic for listener in self._listeners for topic in listener.topics))

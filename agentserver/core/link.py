@@ -153,15 +153,32 @@ def _broke(route: Route, why: str) -> LinkError:
     return LinkError(f"the link to {route.name} broke: {why}")
 
 
+class Incoming:
+    """Cuts the lines of one connection, from where the protocol begins; sans-IO."""
+
+    def __init__(self, preamble: int) -> None:
+        self._decoder = LineDecoder(MAX_WIRE)
+        self._preamble = preamble
+        self.heard = False
+
+    def feed(self, data: bytes) -> List[Optional[bytes]]:
+        """Return the lines that `data` completes, without what was printed before the protocol began."""
+        lines = self._decoder.feed(data)
+        while lines and not self.heard:
+            self.heard = (lines[0] or b"").startswith(b"{") or not self._preamble
+            if not self.heard:
+                self._preamble -= 1
+                del lines[0]
+        return lines
+
+
 class _Lines:
     """One connection that speaks lines. Timeouts are the kernel's, so that a request is two system calls."""
 
     def __init__(self, route: Route) -> None:
         self._route = route
-        self._preamble = route.preamble
+        self._incoming = Incoming(route.preamble)
         self.sock = route.dial()
-        self.heard = False
-        self._decoder = LineDecoder(MAX_WIRE)
         self._lines: Deque[Optional[bytes]] = deque()
         self._limits: Dict[int, float] = {}
 
@@ -205,17 +222,13 @@ class _Lines:
             raise self._cut(e.strerror or str(e)) from None
         if not data:
             raise self._cut("it closed the connection")
-        self._lines += self._decoder.feed(data)
-        if self._lines and not self.heard:
-            self._begin()
+        self._lines += self._incoming.feed(data)
         return True
 
-    def _begin(self) -> None:
-        """Pass over what was printed before the protocol began."""
-        while self._lines and self._preamble and not (self._lines[0] or b"").startswith(b"{"):
-            self._lines.popleft()
-            self._preamble -= 1
-        self.heard = bool(self._lines)
+    @property
+    def heard(self) -> bool:
+        """Whether the protocol has begun."""
+        return self._incoming.heard
 
     def _cut(self, why: str) -> LinkError:
         return self._route.broke(why, self.heard)

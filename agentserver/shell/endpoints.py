@@ -65,6 +65,11 @@ def req_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     return sock
 
 
+def dealer_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
+    """Return the request socket of a client that asks for several things at once."""
+    return _socket(context, zmq.DEALER, _QUEUED_REPLIES, MAX_WIRE)
+
+
 def sub_socket(context: zmq.Context[Any], queued: int = QUEUED_EVENTS) -> zmq.Socket[Any]:
     """Return a client's listening socket. It says nothing by itself, so without heartbeats it would not notice that
     the other end has gone."""
