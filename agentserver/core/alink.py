@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple, Type, TypeVar
+from weakref import WeakSet
 
 from ..errors import AgentServerError, LinkError, RequestError, RequestTimeout
 from .audience import Audience, Listener, answered, parsed
@@ -194,7 +195,7 @@ class _Trunk:
 
     def __init__(self, route: Route) -> None:
         self.route = route
-        self.users: Set[AsyncLineLink] = set()
+        self.users: WeakSet[AsyncLineLink] = WeakSet()   # one that was forgotten uses nothing
         self._connection: Optional[_Connection] = None
         self._turn: Optional[asyncio.Lock] = None
         self._parting: Optional[asyncio.Future[None]] = None
