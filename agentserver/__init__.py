@@ -10,23 +10,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .aclient import AsyncAgent, AsyncAgentClient
     from .client import Agent, AgentClient
     from .config import ServerConfig
     from .errors import AgentServerError, ConfigError, LinkError, RequestError, RequestTimeout, StartError
-    from .results import AgentInfo, ExitRecord, Health, ServerStats
+    from .results import AgentInfo, EventsDropped, ExitRecord, Health, OutputDropped, ServerStats
     from .shell.server import AgentServer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Agent": "client", "AgentClient": "client", "AgentServer": "shell.server", "ServerConfig": "config",
+    "Agent": "client", "AgentClient": "client", "AsyncAgent": "aclient", "AsyncAgentClient": "aclient",
+    "AgentServer": "shell.server", "ServerConfig": "config",
     "AgentServerError": "errors", "ConfigError": "errors", "LinkError": "errors", "RequestError": "errors",
     "RequestTimeout": "errors", "StartError": "errors",
-    "AgentInfo": "results", "ExitRecord": "results", "Health": "results", "ServerStats": "results",
+    "AgentInfo": "results", "EventsDropped": "results", "ExitRecord": "results", "Health": "results",
+    "OutputDropped": "results", "ServerStats": "results",
 }
-__all__ = ["Agent", "AgentClient", "AgentInfo", "AgentServer", "AgentServerError", "ConfigError", "ExitRecord",
-           "Health", "LinkError", "RequestError", "RequestTimeout", "ServerConfig", "ServerStats", "StartError",
-           "__version__"]
+__all__ = ["Agent", "AgentClient", "AgentInfo", "AgentServer", "AgentServerError", "AsyncAgent", "AsyncAgentClient",
+           "ConfigError", "EventsDropped", "ExitRecord", "Health", "LinkError", "OutputDropped", "RequestError",
+           "RequestTimeout", "ServerConfig", "ServerStats", "StartError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

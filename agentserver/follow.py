@@ -1,102 +1,164 @@
-"""Following output and events, and waiting for ends: pushed messages are hints, the truth is read.
+"""Following output and events, and waiting for ends: what is told is a hint, the truth is read.
 
 Owns:    which byte and which event comes next, per stream; when to look without having been told.
-Runs in: a client, in the caller's thread; generators hold a listening link of their own until closed.
+Runs in: a client; it waits for nothing itself (talk.py).
 Unaware: of the kind of link: lost hints, slow joins and a restarted server all look like "read again".
+
+While nothing happens, nothing is asked: every agent that lives has a heartbeat, which tells where its streams end
+and what happened to it last, and the server has one with the number of its last event. So what was missed shows at the
+next heartbeat, and only when those stay away too is looked without having been told.
 """
 from __future__ import annotations
 
-import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Union
 
-from .core.link import Link
+from .calls import Calls, Json
 from .errors import AgentServerError, LinkError, RequestTimeout
 from .messages import MAX_READ
-from .results import AgentInfo, Chunk
-from .wire import MAX_INT
+from .results import AgentInfo, Chunk, EventsDropped, OutputDropped
+from .talk import Hear, Item, Listen, Pause, Talk, through
+from .wire import MAX_INT, rfc3339
 
 if TYPE_CHECKING:
-    from .client import Agent, AgentClient
+    from datetime import datetime
 
-Json = Dict[str, Any]
-Output = Tuple[str, str, Chunk]
+Since = Union[None, str, "datetime", Mapping[Any, int]]
+STREAMS = ("stdout", "stderr")
 
 _FIRST_LOOK = 0.05     # a subscription that nobody confirms may take effect late: look again soon, then less often
-_BLIND_SECS = 0.5      # how often to look when nothing is pushed at all (publishing off, server away)
+_BLIND_SECS = 0.5      # how often to look when nothing is told at all (publishing off, server away)
+_BEAT_SECS = 10.0      # between heartbeats, where the server does not say
+_QUIET_BEATS = 2.5     # after so many without a word of something, look
+_LISTEN_SECS = 10.0    # for the server to say where it publishes
 _GONE_SECS = 1.0       # how long a server that told of an end and cannot be reached is tried before that is believed
+_AT_ONCE = 100         # hints that are heard between two reads by one who is behind
 _ENDS_KEPT = 1000
 _STORED = frozenset(("status_changed", "error", "completed", "terminated"))
+_SERVER = ""           # the key of what is not about one agent
 
 
 class Hints:
-    """Events of some topics. Never fails: where they may be missing, `next` returns `None` early and `doubt` is set."""
+    """What is told of some agents, or of the server, and which of them to look at without having been told.
 
-    def __init__(self, client: AgentClient, topics: Sequence[str], deadline: float) -> None:
-        self._client = client
-        self._topics = list(topics)
-        self._deadline = deadline
-        self._link: Link = client.open_link()
-        self._listening = False
+    Listening never fails: where something may be missing, the agent is due to be looked at.
+    """
+
+    def __init__(self, calls: Calls, topics: Iterable[str], keys: Iterable[str], deadline: float) -> None:
+        self._calls, self._topics, self._deadline = calls, tuple(topics), deadline
+        self._due = dict.fromkeys(keys, 0.0)      # when each has to be looked at, unless it is heard of before
+        self._unsure: Dict[str, float] = {}       # of whom no word has come since listening began: when to look again
+        self._check_at = 0.0                      # nobody is due before this
+        self._listening, self._listen_at = False, 0.0
+        self._quiet_secs = _QUIET_BEATS * _BEAT_SECS
+        self._waited = 0.0                        # in vain for a word of anybody
         #: the newest event when listening began, where the server says so
         self.sequence: Optional[int] = None
-        self._look_after = _FIRST_LOOK
-        self._look_at = 0.0
-        self.doubt = True      # the truth has to be read before hints can be trusted
-        self._listen()
 
-    def _listen(self) -> None:
-        try:
-            reply = self._link.subscribe(self._topics)
-            self.sequence = reply.get("sequence")
-            self._listening = True
-            self._look_after = self._link.recheck_secs if reply else _FIRST_LOOK
-        except AgentServerError:
-            self._listening = False
+    # ------------------------------------------------------------ listening
 
-    def looked(self) -> None:
-        """Note that the truth was read: until told otherwise, hints are trusted for a while."""
-        self.doubt = False
-        after = self._look_after if self._listening else _BLIND_SECS
-        self._look_after = min(self._look_after * 3, self._link.recheck_secs)
-        self._look_at = time.monotonic() + after
-
-    def look_soon(self) -> None:
-        """Look again in a moment, then less often: a server drops hints for whom they come too fast."""
-        self._look_after = _FIRST_LOOK
-        self._look_at = min(self._look_at, time.monotonic() + _FIRST_LOOK)
-
-    def next(self) -> Optional[Json]:
-        """Return the next event; `None` when it is time to look. Raise `RequestTimeout` at the caller's deadline."""
-        now = time.monotonic()
+    def next(self, wait: bool = True) -> Talk[Optional[Json]]:
+        """Return the next hint; `None` when somebody may be due. Raise `RequestTimeout` at the caller's deadline."""
+        now = self._calls.clock()
+        if not self._listening and now >= self._listen_at:
+            yield from self._listen()
+            return None
+        if wait and self._check_at <= now:
+            return None
         if now >= self._deadline:
             raise RequestTimeout("it was not over within the time given")
-        left = min(self._look_at, self._deadline) - now
-        if self._listening:
-            try:
-                event = self._link.next_event(max(left, 0.0))
-            except AgentServerError:
-                self._listening = False
-                self.doubt = True
-                return None
-            self.doubt = event is None
-            if event:
-                _note_end(self._client.ends, event)
+        left = min(self._check_at, self._deadline) - now if wait else 0.0
+        if not self._listening:
+            yield Pause(max(min(left, self._listen_at - now), 0.0))
+            return None
+        return (yield from self._hear(left))
+
+    def heard(self) -> Talk[Optional[Json]]:
+        """Return what has come already, if anything: an end that was told with the last output."""
+        return (yield from self._hear(0.0)) if self._listening else None
+
+    def _listen(self) -> Talk[None]:
+        try:
+            metadata = (yield from self._calls.health(_LISTEN_SECS, patience=0.0)).metadata
+            reply = yield Listen(self._topics, str(metadata.get("pub_endpoint") or ""))
+        except AgentServerError:
+            self._cut(_BLIND_SECS)
+            return
+        self._quiet_secs = _QUIET_BEATS * _number(metadata.get("status_update_interval_secs"), _BEAT_SECS)
+        self._listening, self._waited, self.sequence = True, 0.0, reply.get("sequence")
+        self._unsure = {} if reply else dict.fromkeys(self._due, _FIRST_LOOK)
+        self._all_due()
+
+    def _hear(self, timeout: float) -> Talk[Optional[Json]]:
+        try:
+            event: Optional[Json] = yield Hear(timeout)
+        except AgentServerError:
+            self._cut(0.0)
+            return None
+        if event:
+            self._note(event)
             return event
-        time.sleep(max(left, 0.0))
-        self._listen()
-        self.doubt = True
+        self._waited += timeout
+        if self._waited >= self._quiet_secs:  # not even a heartbeat: the connection may be dead and nobody know
+            self._cut(0.0)
         return None
 
-    def drain(self) -> None:
-        """Hear what has come already: an end that was told with the last output."""
-        self._look_at, self._deadline = 0.0, float("inf")
-        while self._listening and self.next():
-            pass
+    def _note(self, event: Json) -> None:
+        self._waited = 0.0
+        key = event.get("agent_id") or _SERVER
+        if key in self._due:
+            self._due[key] = self._calls.clock() + self._quiet_secs
+            self._unsure.pop(key, None)
+        _note_end(self._calls.ends, event)
 
-    def close(self) -> None:
-        """Stop listening."""
-        self._link.close()
+    def _cut(self, pause: float) -> None:
+        self._listening, self._listen_at = False, self._calls.clock() + pause
+        self._all_due()
+
+    def _all_due(self) -> None:
+        self._due = dict.fromkeys(self._due, 0.0)
+        self._check_at = 0.0
+
+    # ------------------------------------------------------------ whom to look at
+
+    def due(self) -> List[str]:
+        """Return who has to be looked at now; of each, say `looked`."""
+        now = self._calls.clock()
+        if now < self._check_at:
+            return []
+        self._check_at = min((at for at in self._due.values() if at > now), default=float("inf"))
+        return [key for key, at in self._due.items() if at <= now]
+
+    def looked(self, key: str) -> None:
+        """Note that the truth of one was read: until told otherwise, that is trusted for a while."""
+        after = self._unsure.get(key, self._quiet_secs) if self._listening else _BLIND_SECS
+        if key in self._unsure:
+            self._unsure[key] = min(3 * after, self._quiet_secs)
+        self._look_after(key, after)
+
+    def look_soon(self, key: str) -> None:
+        """Look again in a moment, then less often: a server drops hints for whom they come too fast."""
+        self._unsure[key] = _FIRST_LOOK
+        self._look_after(key, min(_FIRST_LOOK, self._due[key] - self._calls.clock()))
+
+    def look_now(self, key: str) -> None:
+        """Look as soon as possible: something was told out of turn."""
+        self._look_after(key, 0.0)
+
+    def _look_after(self, key: str, secs: float) -> None:
+        self._due[key] = self._calls.clock() + secs
+        self._check_at = min(self._check_at, self._due[key])
+
+    def forget(self, key: str) -> None:
+        """Care no longer about one."""
+        self._due.pop(key, None)
+
+
+def _number(text: Any, default: float) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return default
 
 
 def _note_end(ends: Dict[str, AgentInfo], event: Json) -> None:
@@ -104,85 +166,82 @@ def _note_end(ends: Dict[str, AgentInfo], event: Json) -> None:
     agent_id, data = event.get("agent_id"), event.get("data")
     if event.get("type") != "status_update" or not agent_id:
         return
-    ends.pop(agent_id, None)
     info = AgentInfo.of({"id": agent_id, "status": event.get("status"), "finished_at": event.get("timestamp"),
                          "exit": data.get("exit") if isinstance(data, dict) else None})
-    if info.finished and info.exit:
+    if not info.finished:
+        ends.pop(agent_id, None)
+    elif info.exit:  # a heartbeat tells that it has ended, but not how
         ends[agent_id] = info
         if len(ends) > _ENDS_KEPT:
             del ends[next(iter(ends))]
 
 
+def _finished(status: Any) -> bool:
+    return AgentInfo(status=str(status)).finished
+
+
 class _Truth:
     """What an agent is: asked for; but where the server told of its end and has gone since, that is believed."""
 
-    def __init__(self, client: AgentClient) -> None:
-        self._client = client
-        self._second = client.second(_GONE_SECS)
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
         self._gone = False
 
-    def status(self, agent_id: str) -> str:
+    def status(self, agent_id: str) -> Talk[str]:
         """Return an agent's status."""
-        if agent_id in self._client.ends:
-            return self.info(agent_id).status
-        return str(self._client.command(agent_id, "get_status")["status"])
+        if agent_id in self._calls.ends:
+            return (yield from self.info(agent_id)).status
+        return (yield from self._calls.status(agent_id))
 
-    def info(self, agent_id: str) -> AgentInfo:
+    def info(self, agent_id: str) -> Talk[AgentInfo]:
         """Return an agent as the server lists it, or the little that was told."""
-        told = self._client.ends.get(agent_id)
+        told = self._calls.ends.get(agent_id)
         if told is None:
-            return self._client.agent(agent_id).info()
+            return (yield from self._calls.info(agent_id))
         if not self._gone:
             try:
-                return self._second.agent(agent_id).info()
+                return (yield from self._calls.info(agent_id, patience=_GONE_SECS))
             except (LinkError, RequestTimeout):
                 self._gone = True
         return told
 
-    def close(self) -> None:
-        """Let go of the connection."""
-        self._second.close()
 
-
-def _deadline(timeout: Optional[float]) -> float:
-    return float("inf") if timeout is None else time.monotonic() + timeout
-
-
-def _resolve(client: AgentClient, refs: Any) -> List[str]:
-    names = [refs] if isinstance(refs, str) or hasattr(refs, "id") else list(refs)
-    texts = [str(getattr(name, "id", name)) for name in names]
-    return [text if text in client.ends else client.resolve(text) for text in texts]
+def _deadline(calls: Calls, timeout: Optional[float]) -> float:
+    return float("inf") if timeout is None else calls.clock() + timeout
 
 
 # ---------------------------------------------------------------- waiting
 
-def wait(client: AgentClient, refs: Any, any_: bool, status: Optional[str],
-         timeout: Optional[float]) -> List[AgentInfo]:
+def wait(calls: Calls, refs: Any, any_: bool, status: Optional[str], timeout: Optional[float]) -> Talk[List[AgentInfo]]:
     """See `AgentClient.wait`."""
-    ids = _resolve(client, refs)
-    deadline = _deadline(timeout)
-    pending = list(dict.fromkeys(ids))
-    truth = _Truth(client)
-    hints = Hints(client, [f"status.{id_}" for id_ in pending], deadline)
+    deadline = _deadline(calls, timeout)
+    ids = yield from calls.resolve_all(refs)
+    pending = dict.fromkeys(ids)
+    everyone = len(pending)
+    truth, hints = _Truth(calls), Hints(calls, [f"status.{id_}" for id_ in pending], pending, deadline)
     try:
-        while True:
-            if hints.doubt:
-                pending = [id_ for id_ in pending if not _reached(truth.status(id_), status)]
-                hints.looked()
-            if not pending or (any_ and len(pending) < len(set(ids))):
-                return [truth.info(id_) for id_ in ids if id_ not in pending]
-            event = hints.next()
-            if event and event.get("agent_id") in pending and _reached(event.get("status"), status):
-                pending.remove(event["agent_id"])
+        while pending and not (any_ and len(pending) < everyone):
+            event = yield from hints.next()
+            reached = {str(event.get("agent_id"))} if event and _reached(event.get("status"), status) else set()
+            for agent_id in hints.due():
+                if _reached((yield from truth.status(agent_id)), status):
+                    reached.add(agent_id)
+                hints.looked(agent_id)
+            for agent_id in reached & pending.keys():
+                del pending[agent_id]
+                hints.forget(agent_id)
     except RequestTimeout as e:
-        raise RequestTimeout(_still(pending, status, timeout) if time.monotonic() >= deadline else str(e)) from None
-    finally:
-        hints.close()
-        truth.close()
+        late = calls.clock() >= deadline
+        raise RequestTimeout(_still(list(pending), status, timeout) if late else str(e)) from None
+    found = []
+    for agent_id in ids:
+        if agent_id not in pending:
+            found.append((yield from truth.info(agent_id)))
+    return found
 
 
 def _reached(now: Any, wanted: Optional[str]) -> bool:
-    return now == wanted or AgentInfo(status=str(now)).finished
+    return now == wanted or _finished(now)
 
 
 def _still(pending: Sequence[str], status: Optional[str], timeout: Optional[float]) -> str:
@@ -197,152 +256,235 @@ class _Stream:
     """Where we are in one stream of one agent."""
 
     def __init__(self, agent_id: str, name: str, offset: int) -> None:
-        self.agent_id = agent_id
-        self.name = name
+        self.agent_id, self.name = agent_id, name
         self.expected = offset
-        self.behind = True     # there may be more than was pushed: read
+        self.gap = False       # the last hint told of bytes after ours
         self.done = False
+        self._told_end = 0     # by a heartbeat
 
-    def pushed(self, event: Json) -> Optional[Chunk]:
-        """Return what of a pushed chunk is new and next; note a gap."""
-        chunk = Chunk.of(event)
-        if chunk.offset > self.expected:
-            self.behind = True
-            return None
-        if chunk.next_offset < self.expected:
-            return None
+    def told(self, span: Json) -> bool:
+        """Return whether a heartbeat tells of bytes that did not come; once, for the last may be half a character."""
+        end, before = int(span.get("end_offset") or 0), self._told_end
+        self._told_end = end
+        return end > self.expected and end > before
+
+    def take(self, event: Json) -> Talk[bool]:
+        """Hand on what of a pushed chunk is new and next; return whether it came out of turn."""
+        begin, end = int(event["offset"]), int(event["next_offset"])
+        self.gap = begin > self.expected
+        if self.gap or end < self.expected:
+            return bool(event.get("data"))
+        self.done = bool(event.get("eof"))
+        if end > self.expected:
+            chunk = Chunk.of(event)
+            if begin < self.expected:
+                chunk = replace(chunk, data=chunk.data[self.expected - begin:], offset=self.expected)
+            self.expected = end
+            yield self._item(chunk)
+        return False
+
+    def read(self, calls: Calls, most: int = MAX_READ) -> Talk[bool]:
+        """Hand on the next chunk by asking; return whether there may be more."""
+        asked = self.expected
+        chunk = yield from calls.read(self.agent_id, self.name, asked, most)
         self.done = chunk.eof
-        fresh = replace(chunk, data=chunk.data[self.expected - chunk.offset:], offset=self.expected)
-        self.expected = chunk.next_offset
-        return fresh if fresh.data else None
+        if chunk.dropped:
+            yield self._item(OutputDropped(self.agent_id, self.name, asked, chunk.offset))
+        if chunk.data:
+            yield self._item(replace(chunk, dropped=0))
+        if chunk.data or chunk.dropped:
+            self.expected = chunk.next_offset
+        return bool(chunk.data) and not chunk.eof
 
-    def read(self, client: AgentClient, most: int = MAX_READ) -> Optional[Chunk]:
-        """Return the next chunk by asking, `None` when there is nothing new now."""
-        chunk = Chunk.of(client.control(self.agent_id, f"read_{self.name}", offset=self.expected, max_bytes=most))
-        self.done = chunk.eof
-        self.behind = bool(chunk.data)
-        if not chunk.data and not chunk.dropped:
-            return None
-        self.expected = chunk.next_offset
-        return chunk
+    def _item(self, what: Union[Chunk, OutputDropped]) -> Item:
+        return Item((self.agent_id, self.name, what))
 
 
-def follow(client: AgentClient, refs: Any, names: Sequence[str], offsets: Mapping[Any, int],
-           timeout: Optional[float]) -> Iterator[Output]:
+def follow(calls: Calls, refs: Any, names: Sequence[str], since: Since, offsets: Mapping[Any, int],
+           timeout: Optional[float]) -> Talk[None]:
     """See `AgentClient.follow`."""
-    streams = {f"{id_}.{name}": _Stream(id_, name, int(offsets.get((id_, name), offsets.get(name, 0))))
-               for id_ in _resolve(client, refs) for name in names}
-    ends = [f"status.{id_}" for id_ in dict.fromkeys(stream.agent_id for stream in streams.values())]
-    hints = Hints(client, [*streams, *ends], _deadline(timeout))
-    try:
-        while True:
-            yield from _catch_up(client, streams, hints)
-            if all(stream.done for stream in streams.values()):
-                hints.drain()
-                return
-            event = hints.next()
-            stream = streams.get(str(event.get("topic"))) if event else None
-            if event and stream:
-                chunk = None if stream.done else stream.pushed(event)
-                if chunk:
-                    yield stream.agent_id, stream.name, chunk
-                elif event.get("data"):
-                    hints.look_soon()  # it came late, or some before it did not come: nor may the last one
-    finally:
-        hints.close()
+    deadline = _deadline(calls, timeout)
+    ids = list(dict.fromkeys((yield from calls.resolve_all(refs))))
+    output = _Output()
+    for agent_id in ids:
+        for name in names:
+            begin = yield from _begin(calls, agent_id, name, since, offsets)
+            output.streams[f"{agent_id}.{name}"] = _Stream(agent_id, name, begin)
+    hints = Hints(calls, [*output.streams, *(f"status.{id_}" for id_ in ids)], ids, deadline)
+    while output.streams:
+        yield from _hear(hints, output)
+        for agent_id in hints.due():
+            output.look(agent_id)
+            hints.looked(agent_id)
+        yield from output.read(calls)
+    while (yield from hints.heard()):
+        pass
 
 
-def _catch_up(client: AgentClient, streams: Dict[str, _Stream], hints: Hints) -> Iterator[Output]:
-    """Read what is behind, a chunk of each in turn; all of them when hints may have been lost."""
-    if hints.doubt:
-        for stream in streams.values():
-            stream.behind = not stream.done
-        hints.looked()
-    while True:
-        behind = [stream for stream in streams.values() if stream.behind and not stream.done]
-        if not behind:
+def _begin(calls: Calls, agent_id: str, name: str, since: Since, offsets: Mapping[Any, int]) -> Talk[int]:
+    """Return the offset from which a stream is to be followed."""
+    told = {**since, **offsets} if isinstance(since, Mapping) else offsets
+    offset = told.get((agent_id, name), told.get(name))
+    if offset is not None or since is None or isinstance(since, Mapping):
+        return int(offset or 0)
+    time = since if isinstance(since, str) else rfc3339(since.timestamp())
+    return (yield from calls.read(agent_id, name, None, 1, since=time)).offset
+
+
+def _hear(hints: Hints, output: _Output) -> Talk[None]:
+    """Wait for a hint and follow it; who is behind only takes what is there, and does not wait."""
+    event = yield from hints.next(wait=not output.behind)
+    for _ in range(_AT_ONCE):
+        if event and (yield from output.take(event)):
+            hints.look_soon(event["agent_id"])  # it came late, or some before did not come: nor may the last one
+        if not (event and output.behind):
             return
-        for stream in behind:
-            chunk = stream.read(client)
-            if chunk:
-                yield stream.agent_id, stream.name, chunk
+        event = yield from hints.next(wait=False)
 
 
-def lines(agent: Agent, stream: str, follow_: bool) -> Iterator[str]:
+class _Output:
+    """The streams of one follower that have not ended, and which of them are behind: more is there than was told."""
+
+    def __init__(self) -> None:
+        self.streams: Dict[str, _Stream] = {}
+        self.behind: Dict[str, _Stream] = {}
+
+    def look(self, agent_id: str) -> None:
+        """Read an agent's streams, whatever was told."""
+        for name in STREAMS:
+            self._fall_behind(f"{agent_id}.{name}")
+
+    def _fall_behind(self, topic: str) -> None:
+        if topic in self.streams:
+            self.behind[topic] = self.streams[topic]
+
+    def take(self, event: Json) -> Talk[bool]:
+        """Follow a hint; return whether it came out of turn."""
+        if event.get("type") == "status_update":
+            self._compare(event)
+        topic = str(event.get("topic"))
+        stream = self.streams.get(topic)
+        if stream is None:
+            return False
+        late = yield from stream.take(event)
+        if stream.gap:
+            self._fall_behind(topic)
+        self._drop_if_done(topic)
+        return late
+
+    def _compare(self, event: Json) -> None:
+        """Take from a heartbeat where the streams end; from an end, that they have ended."""
+        spans, ended = (event.get("data") or {}).get("output") or {}, _finished(event.get("status"))
+        for name in STREAMS:
+            topic = f"{event.get('agent_id')}.{name}"
+            if topic in self.streams and (self.streams[topic].told(spans.get(name) or {}) or ended):
+                self._fall_behind(topic)
+
+    def read(self, calls: Calls) -> Talk[None]:
+        """Read one piece of each stream that is behind."""
+        for topic, stream in list(self.behind.items()):
+            if not (yield from stream.read(calls)):
+                del self.behind[topic]
+            self._drop_if_done(topic)
+
+    def _drop_if_done(self, topic: str) -> None:
+        if self.streams[topic].done:
+            self.behind.pop(topic, None)
+            del self.streams[topic]
+
+
+def lines(calls: Calls, agent_id: str, stream: str, follow_: bool) -> Talk[None]:
     """See `Agent.lines`: lines are a view of bytes, so what is not UTF-8 is replaced here and only here."""
-    rest = b""
-    for data in (_followed if follow_ else _present)(agent, stream):
-        *whole, rest = (rest + data).split(b"\n")
+    cutter = _Lines()
+    if follow_:
+        yield from through(follow(calls, agent_id, (stream,), None, {}, None), cutter.cut)
+    else:
+        yield from through(_present(calls, agent_id, stream), cutter.cut)
+    for line in cutter.rest():
+        yield Item(line)
+
+
+def _present(calls: Calls, agent_id: str, name: str) -> Talk[None]:
+    """Hand on what a stream holds now."""
+    stream = _Stream(agent_id, name, 0)
+    while (yield from stream.read(calls)):
+        pass
+
+
+class _Lines:
+    """Cuts lines from pieces of output. A gap ends a line: what comes after it belongs to another one."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def cut(self, item: Any) -> Iterator[str]:
+        """Yield the lines that a piece completes."""
+        if isinstance(item[2], OutputDropped):
+            yield from self.rest()
+        *whole, self._rest = (self._rest + item[2].data).split(b"\n")
         for line in whole:
             yield line.decode("utf-8", "replace")
-    if rest:
-        yield rest.decode("utf-8", "replace")
 
-
-def _followed(agent: Agent, stream: str) -> Iterator[bytes]:
-    for _id, _name, chunk in agent.client.follow(agent.id, streams=(stream,)):
-        yield chunk.data
-
-
-def _present(agent: Agent, stream: str) -> Iterator[bytes]:
-    position = _Stream(agent.id, stream, 0)
-    while not position.done:
-        chunk = position.read(agent.client)
-        if chunk is None:
-            return
-        yield chunk.data
+    def rest(self) -> Iterator[str]:
+        """Yield the unfinished last line, if any."""
+        rest, self._rest = self._rest, b""
+        if rest:
+            yield rest.decode("utf-8", "replace")
 
 
 # ---------------------------------------------------------------- events
 
-def follow_events(client: AgentClient, since: Optional[int], agent: Optional[str]) -> Iterator[Json]:
+def follow_events(calls: Calls, since: Optional[int], agent: Optional[str]) -> Talk[None]:
     """See `AgentClient.follow_events`."""
-    agent_id = client.resolve(agent) if agent else None
-    hints = Hints(client, [f"status.{agent_id}"] if agent_id else ["status.", "server"], float("inf"))
-    try:
-        last = since if since is not None else hints.sequence if hints.sequence is not None else _latest(client)
-        while True:
-            if hints.doubt:
-                hints.looked()
-                for event in _stored(client, last, agent_id):
-                    last = int(event["sequence"])
-                    yield event
-            hint = hints.next()
-            if hint and _tells_more(hint, last, agent_id):
-                if hint["sequence"] == last + 1 and _is_stored(hint):
-                    last += 1
-                    yield hint
-                else:
-                    hints.doubt = True
-    finally:
-        hints.close()
+    agent_id: str = (yield from calls.resolve(agent)) if agent else _SERVER
+    topics = [f"status.{agent_id}"] if agent_id else ["status.", "server"]
+    hints = Hints(calls, topics, [agent_id], float("inf"))
+    yield from hints.next()  # to know from when on
+    last = since if since is not None else hints.sequence if hints.sequence is not None else (yield from _latest(calls))
+    while True:
+        if hints.due():
+            last = yield from _stored(calls, last, agent_id)
+            hints.looked(agent_id)
+        hint = yield from hints.next()
+        if hint and _latest_of(hint, agent_id) > last:
+            if hint["sequence"] == last + 1 and _is_stored(hint):
+                last += 1
+                yield Item(hint)
+            else:
+                hints.look_now(agent_id)
 
 
-def _stored(client: AgentClient, since: int, agent_id: Optional[str]) -> Iterator[Json]:
-    """Yield what is stored after `since`, page by page."""
-    more = True
-    while more:
-        page = client.events(since, agent=agent_id)
-        yield from page.events
-        since, more = page.next, page.more and bool(page.events)
+def _stored(calls: Calls, since: int, agent_id: str) -> Talk[int]:
+    """Hand on what is stored after `since`, page by page; return the last number."""
+    while True:
+        page = yield from calls.events(since, 1000, agent_id or None)
+        if page.first_kept > since + 1:
+            yield Item(EventsDropped(since + 1, page.first_kept - 1))
+        for event in page.events:
+            yield Item(event)
+        since = max(page.next, page.first_kept - 1)
+        if not (page.more and page.events):
+            return since
 
 
-def _tells_more(hint: Json, last: int, agent_id: Optional[str]) -> bool:
-    """Whether there are events after `last`. Of one agent's, only a stored one tells: the sequence is the server's."""
-    return int(hint.get("sequence") or 0) > last and (agent_id is None or _is_stored(hint))
+def _latest_of(hint: Json, agent_id: str) -> int:
+    """Return the number of the newest event that a hint tells of: of one agent's, or of all."""
+    if not agent_id or _is_stored(hint):
+        return int(hint.get("sequence") or 0)
+    return int((hint.get("data") or {}).get("event") or 0)  # the sequence of a heartbeat is the server's
 
 
 def _is_stored(hint: Json) -> bool:
     return hint.get("type") == "status_update" and hint.get("update_type") in _STORED
 
 
-def _latest(client: AgentClient) -> int:
+def _latest(calls: Calls) -> Talk[int]:
     """Return the sequence of the newest event, where no subscription told it."""
-    last = client.events(MAX_INT, limit=1).next
+    last = (yield from calls.events(MAX_INT, 1, None)).next
     if last < MAX_INT:
         return last
-    page = client.events(0, limit=10_000)
+    page = yield from calls.events(0, 10_000, None)
     while page.events:
         last = page.next
-        page = client.events(last, limit=10_000)
+        page = yield from calls.events(last, 10_000, None)
     return page.next

@@ -7,7 +7,7 @@ Unaware: of links and of how a result was asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Dict, List, Optional, Tuple, Type, TypeVar
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Type, TypeVar
 
 from .wire import Json, wire_bytes
 
@@ -187,3 +187,62 @@ class BatchOutcome(Result):
     results: List[Json] = field(default_factory=list)
     successful: int = 0
     failed: int = 0
+
+
+@dataclass(frozen=True)
+class OutputDropped:
+    """Bytes of a stream that were asked for and are no longer kept; in a follower, one stands in their place.
+
+    It can be treated as a `Chunk` without data that reaches from `from_offset` to `to_offset`.
+    """
+
+    agent_id: str
+    stream: str
+    from_offset: int
+    to_offset: int
+    data = b""
+
+    @property
+    def offset(self) -> int:
+        """Where the gap begins."""
+        return self.from_offset
+
+    @property
+    def next_offset(self) -> int:
+        """Where the stream goes on."""
+        return self.to_offset
+
+    @property
+    def dropped(self) -> int:
+        """How many bytes are gone."""
+        return self.to_offset - self.from_offset
+
+
+class EventsPage(NamedTuple):
+    """Stored events in order; ask on with `since=next` while there is `more`. Older than `first_kept` are gone."""
+
+    events: List[Json]
+    next: int
+    first_kept: int
+    more: bool
+
+
+class EventsDropped(Dict[str, Any]):
+    """Events that were asked for and are no longer kept; in a follower, one stands in their place.
+
+    It is an event of its own `type`, `events_dropped`, whose `sequence` is that of the last one that is gone.
+    """
+
+    def __init__(self, from_sequence: int, to_sequence: int) -> None:
+        super().__init__(type="events_dropped", from_sequence=from_sequence, to_sequence=to_sequence,
+                         sequence=to_sequence)
+
+    @property
+    def from_sequence(self) -> int:
+        """The first one that is gone."""
+        return int(self["from_sequence"])
+
+    @property
+    def to_sequence(self) -> int:
+        """The last one that is gone."""
+        return int(self["to_sequence"])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Callable, Iterator
 
 import pytest
-from support import LINKS, Server, assert_nothing_left, short_dir
+from support import LINKS, Server, assert_nothing_left, marked_processes, short_dir, wait_until, without_ssh
 from wire import LineWire, Wire, open_wire
 
 if TYPE_CHECKING:
@@ -28,8 +28,11 @@ for name in [name for name in os.environ if name.startswith("AGENTSERVER_")]:
 def run_dir() -> Iterator[Path]:
     """The directory that everything of this test run lives in; at the end nothing of it may run."""
     path = short_dir()
+    os.environ.update(without_ssh(path))
     try:
         yield path
+        with contextlib.suppress(AssertionError):  # what a closed link leaves ends by itself, a moment later
+            wait_until(lambda: not marked_processes(str(path)), 5.0)
         assert_nothing_left(str(path))
     finally:
         shutil.rmtree(path, ignore_errors=True)

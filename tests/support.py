@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -30,11 +31,18 @@ TESTS = ROOT / "tests"
 AGENTS = TESTS / "agents"
 MAIN = Path(agentserver.__file__).resolve().parent / "__main__.py"
 MARK = "TEST_RUN_MARK"
-LINKS = ("unix", "tcp", "ipc")
+LINKS = ("unix", "tcp", "ipc", "stdio")
 #: how long a test waits for what has to happen; long, because it only matters when something is broken
 DEADLINE_SECS = 30.0
 
 T = TypeVar("T")
+
+
+def without_ssh(mark: object) -> dict[str, str]:
+    """Return what a client's environment needs so that `ssh://` addresses lead to this machine, without ssh."""
+    program = f"{shlex.quote(sys.executable)} {shlex.quote(str(MAIN))}"
+    return {"AGENTSERVER_SSH": str(AGENTS / "ssh"),
+            "AGENTSERVER_SSH_COMMAND": f"{MARK}={mark} exec {program} stdio"}
 
 
 def wait_until(condition: Callable[[], T], deadline: float = DEADLINE_SECS, what: str = "") -> T:
@@ -159,9 +167,11 @@ class Server:
         return self.state_dir / "core.sock"
 
     def address(self, link: str) -> str:
-        """Return what `AgentClient` is to be given: "unix", or the server's own "tcp" or "ipc"."""
+        """Return what `AgentClient` is to be given: "unix", "stdio", or the server's own "tcp" or "ipc"."""
         if link == "unix":
             return f"unix:{self.socket_path}"
+        if link == "stdio":
+            return f"ssh://localhost{self.state_dir}"
         assert self.endpoint.startswith(f"{link}://"), f"this server listens on {self.endpoint}"
         return self.endpoint
 

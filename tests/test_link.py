@@ -18,7 +18,8 @@ import pytest
 from fakecore import Connection, FakeCore, echo
 from support import wait_until
 
-from agentserver.core.link import FrameLink, LineLink, NotThere, dial, socket_path
+from agentserver.core import audience
+from agentserver.core.link import FrameLink, LineLink, LocalRoute, NotThere, dial, socket_path
 from agentserver.errors import LinkError, RequestError, RequestTimeout
 from agentserver.wire import encode
 
@@ -163,6 +164,148 @@ def test_the_event_descriptor_tells_of_events_and_of_the_end(path: str, link: Li
 def test_a_refused_subscription_is_an_error(path: str, link: LineLink) -> None:
     with FakeCore(path, pushing), pytest.raises(RequestError, match="no such thing"):
         link.subscribe(["refuse"])
+
+
+# ---------------------------------------------------------------- one connection for all who listen
+
+class Shared(LocalRoute):
+    """A local socket, as if a connection to it were dear."""
+
+    shared = True
+
+
+@pytest.fixture
+def asker(path: str) -> Iterator[LineLink]:
+    link = LineLink.over(Shared(path))
+    yield link
+    link.close()
+
+
+def telling(raw: bytes, connection: Connection) -> Optional[bytes]:
+    """Confirm a subscription; before the reply to anything else, tell what it carries in `tell`."""
+    message = json.loads(raw)
+    for event in message.get("tell", ()):
+        connection.push(event)
+    return encode({"request_id": message["request_id"], "success": True, "sequence": 7})
+
+
+def test_who_listens_shares_the_connection_where_it_is_dear(path: str, link: LineLink, asker: LineLink) -> None:
+    for first in (link, asker):
+        with FakeCore(path, telling) as core:
+            second = first.listener()
+            second.subscribe(["status."])
+            first.request(b'{"request_id": "a"}', 5)
+            assert len(core.connections) == (1 if first is asker else 2)
+            second.close()
+            first.request(b'{"request_id": "b"}', 5)
+            assert len(core.connections) == (1 if first is asker else 2), "the other one still uses it"
+            first.close()
+            wait_until(lambda core=core: all(connection.sock.fileno() < 0 for connection in core.connections))
+
+
+def test_each_hears_what_it_asked_for_whoever_reads(path: str, asker: LineLink) -> None:
+    with FakeCore(path, telling) as core:
+        one, two = asker.listener(), asker.listener()
+        one.subscribe(["status.", "a.stdout"])
+        two.subscribe(["a.", "server"], since=5)
+        message = core.messages()[-1]
+        assert message["topics"] == ["status.", "a.stdout", "a.", "server"] and message["since"] == 5
+        assert "announce" not in message
+        told = [{"topic": topic, "n": n} for n, topic in enumerate(("status.a", "a.stdout", "server", "b.stdout"))]
+        asker.request(encode({"request_id": "a", "tell": told}), 5)
+        assert [one.next_event(0), one.next_event(0), one.next_event(0)] == [told[0], told[1], None]
+        core.connections[0].push(told[2])
+        core.connections[0].push(told[0])
+        assert one.next_event(5) == told[0]
+        assert [two.next_event(0) for _ in range(3)] == [told[1], told[2], told[2]]
+        assert two.next_event(0) is None and one.event_fd == two.event_fd >= 0
+
+
+def test_who_joins_later_is_told_where_the_others_are(path: str, asker: LineLink) -> None:
+    with FakeCore(path, telling) as core:
+        one, two = asker.listener(), asker.listener()
+        one.subscribe(["a.stdout"])
+        two.subscribe(["a.stdout", "a.stderr"])
+        assert core.messages()[-1]["announce"] == ["a.stdout"]
+
+
+def test_who_has_left_is_told_nothing_more(path: str, asker: LineLink) -> None:
+    with FakeCore(path, telling) as core:
+        one, two = asker.listener(), asker.listener()
+        one.subscribe(["a."])
+        two.subscribe(["b."])
+        one.close()
+        asker.request(encode({"request_id": "a", "tell": [{"topic": "a.x"}, {"topic": "b.x"}]}), 5)
+        assert [message.get("topics") for message in core.messages()] == [["a."], ["a.", "b."], ["b."], None]
+        assert two.next_event(0) == {"topic": "b.x"} and two.next_event(0) is None
+        two.close()
+        assert json.loads(asker.request(b'{"request_id": "b"}', 5))["request_id"] == "b"
+        assert core.messages()[-2]["topics"] == []
+
+
+def test_what_is_repeated_for_one_is_not_repeated_for_others(path: str, asker: LineLink) -> None:
+    with FakeCore(path, telling) as core:
+        one, two = asker.listener(), asker.listener()
+        one.subscribe(["status."])
+        events = [{"type": "status_update", "topic": "status.a", "sequence": n} for n in range(1, 5)]
+        for event in events:
+            core.connections[0].push(event)
+        assert [one.next_event(5) for _ in range(4)] == events
+        two.subscribe(["status."], since=0)
+        for event in events[:3]:
+            core.connections[0].push(event)
+        core.connections[0].push({**events[3], "update_type": "heartbeat"})
+        assert [two.next_event(5) for _ in range(4)][:3] == events[:3]
+        assert one.next_event(0) == {**events[3], "update_type": "heartbeat"} and one.next_event(0) is None
+
+
+def test_who_does_not_listen_loses_what_is_too_much_and_is_told(
+        path: str, asker: LineLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audience, "HEARD_BYTES", 10_000)
+    with FakeCore(path, telling):
+        one, two = asker.listener(), asker.listener()
+        one.subscribe(["a."])
+        two.subscribe(["b."])
+        asker.request(encode({"request_id": "a", "tell": [{"topic": "a.x", "data": "x" * 1000}] * 20}), 5)
+        with pytest.raises(LinkError, match="subscribe again"):
+            one.next_event(0)
+        assert two.next_event(0) is None
+        one.subscribe(["a."])
+        asker.request(encode({"request_id": "b", "tell": [{"topic": "a.x"}]}), 5)
+        assert one.next_event(0) == {"topic": "a.x"}
+
+
+def test_a_broken_connection_is_told_to_each(path: str, asker: LineLink) -> None:
+    with FakeCore(path, telling) as core:
+        one, two = asker.listener(), asker.listener()
+        one.subscribe(["a."])
+        two.subscribe(["b."])
+        asker.request(encode({"request_id": "a", "tell": [{"topic": "a.x"}]}), 5)
+        core.cut()
+        with pytest.raises(LinkError):
+            two.next_event(5)
+        assert one.next_event(5) == {"topic": "a.x"}, "what was told is not lost"
+        with pytest.raises(LinkError, match="broke"):
+            one.next_event(5)
+        assert one.event_fd == two.event_fd == -1
+        one.subscribe(["a."])
+        asker.request(encode({"request_id": "b", "tell": [{"topic": "a.y"}, {"topic": "b.y"}]}), 5)
+        assert one.next_event(0) == {"topic": "a.y"} and len(core.connections) == 2
+
+
+def test_a_refusal_leaves_the_others_as_they_were(path: str, asker: LineLink) -> None:
+    def strict(raw: bytes, connection: Connection) -> Optional[bytes]:
+        if "bad" in json.loads(raw).get("topics", ()):
+            return encode({"request_id": json.loads(raw)["request_id"], "success": False, "error": "no such thing"})
+        return telling(raw, connection)
+
+    with FakeCore(path, strict) as core:
+        one, two = asker.listener(), asker.listener()
+        one.subscribe(["a."])
+        with pytest.raises(RequestError, match="no such thing"):
+            two.subscribe(["bad"])
+        core.connections[0].push({"topic": "a.x"})
+        assert one.next_event(5) == {"topic": "a.x"} and len(core.connections) == 1
 
 
 # ---------------------------------------------------------------- frames

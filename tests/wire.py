@@ -1,6 +1,6 @@
-"""The protocol spoken by hand: lines on the Unix socket, frames on a ZeroMQ REQ socket.
+"""The protocol spoken by hand: lines on the Unix socket or on pipes, frames on a ZeroMQ REQ socket.
 
-Owns:    `LineWire` and `ZmqWire`, and what both can do with an agent; none of it uses our client library.
+Owns:    `LineWire`, `StdioWire` and `ZmqWire`, and what all can do with an agent; none of it uses our client library.
 Runs in: the test process.
 Unaware: of pytest and of how a server is started.
 
@@ -13,12 +13,14 @@ import base64
 import json
 import os
 import socket
+import subprocess
+import sys
 import uuid
 from collections import deque
 from typing import Any, Callable
 
 import zmq
-from support import DEADLINE_SECS, agent, wait_until
+from support import DEADLINE_SECS, MAIN, agent, wait_until
 
 from agentserver.errors import ERROR_CODES
 
@@ -254,6 +256,24 @@ class LineWire(Wire):
         self.socket.close()
 
 
+class StdioWire(LineWire):
+    """JSON lines on the stdin and stdout of `agentserver stdio`."""
+
+    def __init__(self, state_dir: str) -> None:
+        self.events = deque()
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(DEADLINE_SECS)
+        with theirs:
+            self.process = subprocess.Popen([sys.executable, str(MAIN), "stdio", "--state-dir", state_dir],
+                                            stdin=theirs, stdout=theirs)
+        self._file = self.socket.makefile("rb")
+
+    def close(self) -> None:
+        """End stdin; the process has to follow."""
+        super().close()
+        self.process.wait(DEADLINE_SECS)
+
+
 class ZmqWire(Wire):
     """One frame per message on a REQ socket."""
 
@@ -282,6 +302,8 @@ class ZmqWire(Wire):
 
 def open_wire(address: str) -> Wire:
     """Return a wire to an address as `AgentClient` takes it."""
+    if address.startswith("ssh://localhost/"):
+        return StdioWire(address[len("ssh://localhost"):])
     return LineWire(address[5:]) if address.startswith("unix:") else ZmqWire(address)
 
 

@@ -103,9 +103,8 @@ def _coming(client: AgentClient, ids: list[str], streams: tuple[str, ...], reach
             limit: float | None) -> Iterator[Piece]:
     import time
     left = None if limit is None else max(limit - time.monotonic(), 0.001)
-    for agent_id, stream, chunk in client.follow(ids, streams=streams, offsets=reached, timeout=left):
-        pieces.tell_gap(agent_id, stream, chunk)
-        yield from pieces.of_chunk(agent_id, stream, chunk)
+    for agent_id, stream, what in client.follow(ids, streams=streams, since=reached, timeout=left):
+        yield from pieces.followed(agent_id, stream, what)
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"logs": logs}

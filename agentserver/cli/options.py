@@ -125,8 +125,8 @@ def _shared(parser: argparse.ArgumentParser, default: Any, json_default: Any) ->
     group.add_argument("--json", action="store_true", default=json_default,
                        help="print one JSON document, or one per line for streams, and nothing else")
     group.add_argument("--server", metavar="ENDPOINT", default=default,
-                       help="tcp://…, ipc://… or unix:PATH (default: AGENTSERVER_SERVER, else the local server's "
-                            "socket, else tcp://127.0.0.1:5555)")
+                       help="tcp://…, ipc://…, ssh://HOST or unix:PATH (default: AGENTSERVER_SERVER, else the local "
+                            "server's socket, else tcp://127.0.0.1:5555)")
     group.add_argument("--timeout", metavar="SECS", type=values.seconds, default=default,
                        help="give up after so long (default: 30 for one answer; no limit for what waits or follows)")
 
@@ -152,6 +152,10 @@ def _serving(commands: Any) -> None:
                   "run the server in the foreground; it prints where it listens once it is ready")
     parser.add_argument("--config", metavar="FILE", help="an INI file with [server] and [backend NAME] sections")
     values.add_settings(parser)
+    parser = _add(commands, "stdio", NOTHING,
+                  "speak the protocol on stdin and stdout for this machine's server; what ssh:// addresses run")
+    parser.add_argument("--state-dir", metavar="DIR",
+                        help="the server's state directory (default: AGENTSERVER_STATE_DIR, else the usual one)")
 
 
 def _starting(commands: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from typing import Callable, Iterable, Iterator, NamedTuple
 
-from ..results import Chunk
+from ..results import Chunk, OutputDropped
 from . import exits, out, show
 
 LONGEST_LINE = 64 * 1024  # of a longer one the parts are shown as lines: nothing is held back without a bound
@@ -39,8 +39,15 @@ def of_chunk(agent_id: str, stream: str, chunk: Chunk) -> Iterator[Piece]:
         yield Piece(agent_id, stream, time, at, chunk.data[at - chunk.offset:])
 
 
-def tell_gap(agent_id: str, stream: str, chunk: Chunk) -> None:
-    """Say on stderr that bytes before a chunk are no longer kept."""
+def followed(agent_id: str, stream: str, what: Chunk | OutputDropped) -> Iterator[Piece]:
+    """Cut what a follower got; that bytes are missing is said on stderr."""
+    tell_gap(agent_id, stream, what)
+    if isinstance(what, Chunk):
+        yield from of_chunk(agent_id, stream, what)
+
+
+def tell_gap(agent_id: str, stream: str, chunk: Chunk | OutputDropped) -> None:
+    """Say on stderr that bytes, before a chunk or in its place, are no longer kept."""
     if chunk.dropped:
         exits.note(f"{show.size(chunk.dropped)} of {stream} of {agent_id[:8]} are missing here: the oldest output "
                    "goes when an agent's cap is reached")

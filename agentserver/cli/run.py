@@ -79,14 +79,11 @@ def _accompany(client: AgentClient, given: Namespace, info: AgentInfo, limit: fl
 def _to_the_end(client: AgentClient, given: Namespace, agent_id: str, limit: float | None) -> AgentInfo:
     """Show all output, also that of another attempt if somebody restarts the agent meanwhile."""
     reached = {"stdout": 0, "stderr": 0}
+    write = pieces.write_json if given.json else pieces.write_raw
     while True:
-        for _, stream, chunk in client.follow([agent_id], offsets=reached, timeout=_left(limit)):
-            reached[stream] = chunk.next_offset
-            pieces.tell_gap(agent_id, stream, chunk)
-            if given.json:
-                pieces.write_json(pieces.of_chunk(agent_id, stream, chunk))
-            else:
-                out.write(out.DESCRIPTORS[stream], chunk.data)
+        for _, stream, what in client.follow([agent_id], since=reached, timeout=_left(limit)):
+            reached[stream] = what.next_offset
+            write(pieces.followed(agent_id, stream, what))
         ended = client.wait([agent_id], timeout=_left(limit))[0]
         if ended.finished and all(span.end_offset <= reached.get(name, 0) for name, span in ended.output.items()):
             return ended

@@ -12,6 +12,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from ..errors import AgentServerError, LinkError, RequestError, RequestTimeout
+from ..results import EventsDropped
 from ..wire import Json
 from . import connect, exits, out, show
 
@@ -83,7 +84,10 @@ def events(given: Namespace) -> int:
                 shown.show(event)
             return exits.OK
         for event in client.follow_events(since=given.since):
-            shown.show(event)
+            if isinstance(event, EventsDropped):
+                _tell_gap(event.from_sequence, event.to_sequence)
+            else:
+                shown.show(event)
     return exits.OK
 
 
@@ -93,11 +97,15 @@ def _kept(client: AgentClient, since: int) -> Iterator[Json]:
     while True:
         page = client.events(since=since, limit=1000)
         if first and since and page.first_kept > since + 1:
-            exits.note(f"the events from {since + 1} to {page.first_kept - 1} are no longer kept")
+            _tell_gap(since + 1, page.first_kept - 1)
         yield from page.events
         if not page.more:
             return
         since, first = page.next, False
+
+
+def _tell_gap(first: int, last: int) -> None:
+    exits.note(f"the events from {first} to {last} are no longer kept")
 
 
 class _Shown:
@@ -178,8 +186,8 @@ def shutdown(given: Namespace) -> int:
 def _wait_gone(client: AgentClient, pid: str, drain: bool, limit: float | None) -> None:
     """Wait until nobody answers any more, or another server does."""
     doing = "draining" if drain else "ending"
-    with connect.progress(doing) as shown:
-        while (left := _active(client.address, pid)) is not None:
+    with connect.progress(doing) as shown, _looking(client) as looker:
+        while (left := _active(looker, pid)) is not None:
             shown["what"] = f"{doing}: {show.plural(left, 'agent')} left"
             if limit is not None and time.monotonic() >= limit:
                 raise RequestTimeout(f"the server is still {doing}, with {show.plural(left, 'agent')} left; "
@@ -187,17 +195,25 @@ def _wait_gone(client: AgentClient, pid: str, drain: bool, limit: float | None) 
             time.sleep(LOOK_SECS)
 
 
-def _active(address: str, pid: str) -> int | None:
-    """Return how many agents the server with this pid still has; None if it is not there."""
+def _looking(client: AgentClient) -> AgentClient:
+    """Return a client that does not wait long: one for all looks, because over ssh a connection is dear."""
     from ..client import AgentClient
-    try:
-        with AgentClient(address, timeout=LOOK_ANSWER_SECS, retry_secs=0) as client:
-            found = client.health()
+    return AgentClient(client.address, timeout=LOOK_ANSWER_SECS, retry_secs=0)
+
+
+def _active(looker: AgentClient, pid: str) -> int | None:
+    """Return how many agents the server with this pid still has; None if it is not there."""
+    for _ in range(2):  # a connection that broke says nothing yet: the core may have been started again
+        try:
+            found = looker.health()
             return found.active_agents if str(found.metadata.get("pid", "")) == pid else None
-    except (LinkError, RequestTimeout):
-        return None
-    except AgentServerError as e:
-        return None if e.code == "unavailable" else 0
+        except LinkError:
+            continue
+        except RequestTimeout:
+            return None
+        except AgentServerError as e:
+            return None if e.code == "unavailable" else 0
+    return None
 
 
 def _wait_ended(pid: str) -> None:

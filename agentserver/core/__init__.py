@@ -39,7 +39,11 @@ Owns:    this map. Read in this order; each file uses only those above it:
     control     handle(): decode, dispatch, do once, encode
     connection  one connection to core.sock
     service     the core process
-    link        the other end: how the shell and local clients talk to a core
+    audience    who listens on a connection, and to what              pure
+    link        the other end: how the shell and clients talk to a core
+    alink       the same for asynchronous clients
+    ssh         the way to a server on another machine
+    relay       what `agentserver stdio` does: between stdin, stdout and a core
     notify      the service manager: readiness, watchdog, its store of descriptors
     held        what the keeper holds for the next core
     renew       a keeper that becomes its own newer version, in place

@@ -1,12 +1,11 @@
-"""The other end of the core's Unix socket: how local clients and the shell talk to a core.
+"""The other end of the core's Unix socket: how clients and the shell talk to a core.
 
-Owns:    finding and dialling `core.sock`, one line link for clients, one frame link for the shell.
+Owns:    finding and dialling `core.sock`, one line link for clients, over any route, one frame link for the shell.
 Runs in: a client or the shell; each link belongs to one thread.
 Unaware: of what a message means, and of whether asking again is safe (it is: the core knows request ids).
 """
 from __future__ import annotations
 
-import json
 import os
 import select
 import socket
@@ -15,9 +14,11 @@ import sys
 import time
 from collections import deque
 from typing import Any, Deque, Dict, List, Optional, Protocol, Sequence, Tuple
+from weakref import WeakSet
 
 from ..errors import LinkError, RequestError, RequestTimeout
-from ..wire import MAX_WIRE, encode, new_id
+from ..wire import MAX_WIRE, encode
+from .audience import Audience, Listener, parsed
 from .framing import PREFACE, FrameDecoder, FramingError, LineDecoder, frame
 
 Json = Dict[str, Any]
@@ -39,14 +40,15 @@ class Link(Protocol):
 
     #: after so many seconds without a reply the request is better sent again; `inf` where a dead peer is noticed
     attempt_secs: float
-    #: how often a follower looks at the truth without having been told to
-    recheck_secs: float
 
     def request(self, raw: bytes, timeout: float) -> bytes:
         """Return the reply; raise `RequestTimeout`, or `LinkError` when the server is not reached."""
 
-    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0) -> Json:
-        """Listen to these topic prefixes from now on, instead of those before."""
+    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0,
+                  endpoint: str = "") -> Json:
+        """Listen to these topic prefixes from now on, instead of those before; `endpoint` is where they are told.
+
+        Returns what confirms it, or nothing where nothing does."""
 
     def next_event(self, timeout: Optional[float]) -> Optional[Json]:
         """Return the next event or `None` after `timeout` seconds (`None`: wait for ever); `LinkError` if cut off."""
@@ -55,8 +57,11 @@ class Link(Protocol):
     def event_fd(self) -> int:
         """Readable when an event may be there; only meaningful after `next_event(0)` returned `None`."""
 
+    def listener(self) -> Link:
+        """Return another link to the same server, for who wants to listen in the same thread; the caller closes it."""
+
     def close(self) -> None:
-        """Let go of every descriptor."""
+        """Let go of every descriptor; of those that are shared, when the last one closes."""
 
 
 def socket_path(state_dir: str) -> str:
@@ -100,15 +105,80 @@ def _connect(sock: socket.socket, path: str) -> None:
         os.close(folder)
 
 
-# ---------------------------------------------------------------- local clients: lines
+# ---------------------------------------------------------------- clients: lines
+
+class Route(Protocol):
+    """How a client's line link gets a connection, and what there is to say when it breaks."""
+
+    #: what sentences call the other end
+    name: str
+    #: whether a connection is dear, so that who listens shares that of who asks
+    shared: bool
+    #: how many lines may come before the protocol begins: what a login shell on the way prints
+    preamble: int
+
+    def dial(self) -> socket.socket:
+        """Return a blocking stream socket at whose other end the protocol is spoken, or raise `LinkError`."""
+
+    def broke(self, why: str, heard: bool) -> LinkError:
+        """Return what to tell of a connection that broke; `heard`: after something had been received."""
+
+    def hang_up(self, heard: bool) -> None:
+        """Let go of what belonged to the connection, whose socket is closed."""
+
+
+class LocalRoute:
+    """The core's own Unix socket."""
+
+    shared = False
+    preamble = 0
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.name = f"the server at {path}"
+
+    def dial(self) -> socket.socket:
+        """See `Route`."""
+        return dial(self._path)
+
+    def broke(self, why: str, heard: bool) -> LinkError:
+        """See `Route`."""
+        return _broke(self, why)
+
+    def hang_up(self, heard: bool) -> None:
+        """See `Route`."""
+
+
+def _broke(route: Route, why: str) -> LinkError:
+    return LinkError(f"the link to {route.name} broke: {why}")
+
+
+class Incoming:
+    """Cuts the lines of one connection, from where the protocol begins; sans-IO."""
+
+    def __init__(self, preamble: int) -> None:
+        self._decoder = LineDecoder(MAX_WIRE)
+        self._preamble = preamble
+        self.heard = False
+
+    def feed(self, data: bytes) -> List[Optional[bytes]]:
+        """Return the lines that `data` completes, without what was printed before the protocol began."""
+        lines = self._decoder.feed(data)
+        while lines and not self.heard:
+            self.heard = (lines[0] or b"").startswith(b"{") or not self._preamble
+            if not self.heard:
+                self._preamble -= 1
+                del lines[0]
+        return lines
+
 
 class _Lines:
     """One connection that speaks lines. Timeouts are the kernel's, so that a request is two system calls."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.sock = dial(path)
-        self._decoder = LineDecoder(MAX_WIRE)
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._incoming = Incoming(route.preamble)
+        self.sock = route.dial()
         self._lines: Deque[Optional[bytes]] = deque()
         self._limits: Dict[int, float] = {}
 
@@ -123,7 +193,7 @@ class _Lines:
         try:
             self.sock.sendall(raw + b"\n")
         except BlockingIOError:
-            raise RequestTimeout(f"the server at {self._path} took no request for {timeout:g} s") from None
+            raise RequestTimeout(f"{self._route.name} took no request for {timeout:g} s") from None
         except OSError as e:
             raise self._cut(e.strerror or str(e)) from None
 
@@ -136,7 +206,7 @@ class _Lines:
                 return None
         line = self._lines.popleft()
         if line is None:
-            raise LinkError(f"the server at {self._path} sent a line of more than {MAX_WIRE} bytes")
+            raise LinkError(f"{self._route.name} sent a line of more than {MAX_WIRE} bytes")
         return line
 
     def _fill(self, timeout: Optional[float]) -> bool:
@@ -152,113 +222,161 @@ class _Lines:
             raise self._cut(e.strerror or str(e)) from None
         if not data:
             raise self._cut("it closed the connection")
-        self._lines += self._decoder.feed(data)
+        self._lines += self._incoming.feed(data)
         return True
 
+    @property
+    def heard(self) -> bool:
+        """Whether the protocol has begun."""
+        return self._incoming.heard
+
     def _cut(self, why: str) -> LinkError:
-        return LinkError(f"the link to the server at {self._path} broke: {why}")
+        return self._route.broke(why, self.heard)
+
+
+class _Trunk:
+    """One connection, made when it is needed; requests go over it, and all who listen share it."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.audience = Audience()
+        self.users: WeakSet[LineLink] = WeakSet()   # one that was forgotten uses nothing
+        self._lines: Optional[_Lines] = None
+
+    def ask(self, raw: bytes, timeout: float) -> bytes:
+        """Return the line that answers a line. After any failure the next call connects anew."""
+        lines = self._lines
+        if lines is None:
+            lines = self._lines = _Lines(self.route)
+        try:
+            lines.send(self.audience.fewer() + raw, timeout)
+            reply = lines.receive(timeout) if self.audience.quiet else self._sorted(lines, timeout)
+        except BaseException:  # Ctrl-C too: what comes later would be taken for the next reply
+            self.drop()
+            raise
+        if reply is None:
+            self.drop()
+            raise RequestTimeout(f"{self.route.name} did not answer within {timeout:g} s")
+        return reply
+
+    def _sorted(self, lines: _Lines, timeout: float) -> Optional[bytes]:
+        """Return the next reply, also from among events; `None` after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            line = lines.receive(max(deadline - time.monotonic(), 0.001))
+            if line is None:
+                return None
+            reply = self.audience.sort(line)
+            if reply is not None:
+                return reply
+
+    def listen(self, timeout: Optional[float]) -> bool:
+        """Take in one event; return whether one came within `timeout` seconds."""
+        if self._lines is None:
+            raise _broke(self.route, "it was closed meanwhile")
+        try:
+            line = self._lines.receive(timeout)
+            if line is not None and self.audience.sort(line) is not None:
+                raise LinkError(f"{self.route.name} sent what is neither an event nor the reply to a request")
+        except BaseException:
+            self.drop()
+            raise
+        return line is not None
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the connection; -1 while there is none."""
+        return self._lines.sock.fileno() if self._lines else -1
+
+    def drop(self) -> None:
+        """Close the connection; who listens has to subscribe again."""
+        lines, self._lines = self._lines, None
+        self.audience = Audience()
+        if lines is not None:
+            lines.sock.close()
+            self.route.hang_up(lines.heard)
 
 
 class LineLink:
-    """A local client's way to a core: one connection for requests, a second one for events."""
+    """A client's way to a core, by lines. Links that were made by `listener` may share one connection."""
 
     attempt_secs = float("inf")
-    recheck_secs = 10.0
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._requests: Optional[_Lines] = None
-        self._events: Optional[_Lines] = None
-        self._waiting: Deque[Json] = deque()  # events that came before the reply to their subscription
+    def __init__(self, path: str = "", trunk: Optional[_Trunk] = None) -> None:
+        self._trunk = trunk or _Trunk(LocalRoute(path))
+        self._listener: Optional[Listener] = None
+        self._audience: Optional[Audience] = None   # that the listener belongs to: another one after a new connection
+
+    @classmethod
+    def over(cls, route: Route) -> LineLink:
+        """Return a link that goes another way than over a local socket."""
+        return cls(trunk=_Trunk(route))
+
+    def listener(self) -> LineLink:
+        """Return another link to the same server, for the same thread, which the caller closes."""
+        return LineLink(trunk=self._trunk) if self._trunk.route.shared else LineLink.over(self._trunk.route)
 
     def request(self, raw: bytes, timeout: float) -> bytes:
         """Send one line and return the line that answers it. After any failure the next call connects anew."""
         if b"\n" in raw:
-            raise RequestError("a message for a local server is one line; send it without line breaks")
-        lines = self._requests
-        if lines is None:
-            lines = self._requests = _Lines(self._path)
-        try:
-            lines.send(raw, timeout)
-            reply = lines.receive(timeout)
-        except BaseException:  # Ctrl-C too: what comes later would be taken for the next reply
-            self._drop_requests()
-            raise
-        if reply is None:
-            self._drop_requests()
-            raise RequestTimeout(f"the server at {self._path} did not answer within {timeout:g} s")
-        return reply
+            raise RequestError("a message for a server on this link is one line; send it without line breaks")
+        self._trunk.users.add(self)
+        return self._trunk.ask(raw, timeout)
 
-    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0) -> Json:
+    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0,
+                  endpoint: str = "") -> Json:
         """Listen to these topic prefixes; return the `subscribe_response`."""
-        message: Json = {"type": "subscribe_request", "request_id": new_id(), "topics": list(topics)}
-        if since is not None:
-            message["since"] = since
-        try:
-            if self._events is None:
-                self._waiting.clear()
-                self._events = _Lines(self._path)
-            self._events.send(encode(message), timeout)
-            return self._subscribed(message["request_id"], time.monotonic() + timeout)
-        except BaseException:
-            self._drop_events()
-            raise
-
-    def _subscribed(self, request_id: str, deadline: float) -> Json:
-        while True:
-            got = self._line(deadline - time.monotonic())
-            if got is None:
-                raise RequestTimeout(f"the server at {self._path} did not confirm a subscription in time")
-            if "topic" in got:
-                self._waiting.append(got)
-            elif got.get("request_id") == request_id:
-                if not got.get("success"):
-                    raise RequestError(str(got.get("error")), str(got.get("error_code") or ""), got)
-                return got
+        self._leave()
+        listener, audience = Listener(topics, since), self._trunk.audience
+        reply = parsed(self.request(audience.join(listener), timeout))
+        if not reply.get("success"):
+            audience.leave(listener)
+            raise RequestError(str(reply.get("error")), str(reply.get("error_code") or ""), reply)
+        self._listener, self._audience = listener, audience
+        return reply
 
     def next_event(self, timeout: Optional[float]) -> Optional[Json]:
         """Return the next event, `None` after `timeout` seconds; raise `LinkError` when the connection was lost."""
-        if self._waiting:
-            return self._waiting.popleft()
-        try:
-            return self._line(timeout)
-        except BaseException:
-            self._drop_events()
-            raise
-
-    def _line(self, timeout: Optional[float]) -> Optional[Json]:
-        if self._events is None:
+        listener = self._listener
+        if listener is None:
             raise LinkError("nothing is subscribed on this link; call subscribe first")
-        line = self._events.receive(timeout)
-        if line is None:
-            return None
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise LinkError(f"the server at {self._path} sent an event that is not a JSON object")
-        return value
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            event = listener.next()
+            if event is not None:
+                return event
+            if listener.missed or self._audience is not self._trunk.audience:
+                raise self._lost(listener)
+            try:
+                if not self._trunk.listen(timeout):
+                    return None
+            except BaseException:
+                self._leave()
+                raise
+            timeout = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+
+    def _lost(self, listener: Listener) -> LinkError:
+        self._leave()
+        if listener.missed:
+            return LinkError(f"{self._trunk.route.name} told more than was listened to; subscribe again")
+        return _broke(self._trunk.route, "it was closed meanwhile")
 
     @property
     def event_fd(self) -> int:
-        """The descriptor of the event connection; -1 while there is none."""
-        return self._events.sock.fileno() if self._events else -1
+        """The descriptor that events come by; -1 while nothing is subscribed."""
+        return self._trunk.fd if self._listener else -1
 
-    def _drop_requests(self) -> None:
-        if self._requests is not None:
-            self._requests.sock.close()
-            self._requests = None
-
-    def _drop_events(self) -> None:
-        if self._events is not None:
-            self._events.sock.close()
-            self._events = None
+    def _leave(self) -> None:
+        if self._listener is not None and self._audience is not None:
+            self._audience.leave(self._listener)
+        self._listener = self._audience = None
 
     def close(self) -> None:
-        """Close both connections."""
-        self._drop_requests()
-        self._drop_events()
+        """Close the connection, unless others use it."""
+        self._leave()
+        self._trunk.users.discard(self)
+        if not self._trunk.users:
+            self._trunk.drop()
 
 
 # ---------------------------------------------------------------- the shell: frames

@@ -49,6 +49,21 @@ def held_by_another(path: str) -> bool:
     return False
 
 
+def is_held(path: str) -> bool:
+    """Return whether some process holds the lock, and do not make the file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def await_free(path: str, secs: float) -> None:
     """Wait until nobody holds the lock, for at most `secs`: flock(2) with a deadline does not exist, so it is tried."""
     until = time.monotonic() + secs

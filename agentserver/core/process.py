@@ -1,8 +1,9 @@
 """One child: its pipes or its terminal, its session, its signals, its end.
 
 Owns:    every call that starts, signals or reaps a process.
-Runs in: the core's thread. `spawn` changes the working directory and the descriptor limit for a
-         moment, which is only safe because the core has one thread.
+Runs in: the core's thread; keeper and clients only start and reap processes of our own. `spawn` changes
+         the working directory and the descriptor limit for a moment, which is only safe because the core
+         has one thread.
 Unaware: of agents, policy and what output means.
 
 `posix_spawn` (a vfork underneath) is used because it starts a child without a copy of us and
@@ -16,6 +17,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 
@@ -27,6 +29,7 @@ T = TypeVar("T")
 #: the relay, what waits for stdin, one segment, one index
 FDS_PER_AGENT = 8
 FDS_RESERVE = 100   # half for sockets, registry and logs, half for clients, who may have what is left over too
+_REAP_AGAIN_SECS = 0.005
 _DEFAULT_SIGNALS = sorted(set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP})
 _WORDS = {"interrupt": "INT", "terminate": "TERM", "hangup": "HUP", "continue": "CONT", "abort": "ABRT"}
 
@@ -52,12 +55,28 @@ def program() -> list[str]:
     return [sys.executable, os.path.join(where, "__main__.py") if os.path.isdir(where) else where]
 
 
-def start(argv: Sequence[str], descriptors: Mapping[int, int], session: bool = True) -> int:
-    """Start a process of our own with our environment and just these descriptors; in a session of its own, or in
-    ours, where it must never be taken for the leader of an agent's."""
+def start(argv: Sequence[str], descriptors: Mapping[int, int], session: bool = True,
+          blocked: Iterable[int] = ()) -> int:
+    """Start a process of our own with our environment and just these descriptors, and with some signals `blocked`; in
+    a session of its own, or in ours, where it must never be taken for the leader of an agent's. Raises `OSError`."""
     actions = [(os.POSIX_SPAWN_DUP2, ours, number) for number, ours in descriptors.items()]
-    return os.posix_spawn(argv[0], list(argv), os.environ, file_actions=actions, setsid=session,
-                          setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
+    return os.posix_spawnp(argv[0], list(argv), os.environ, file_actions=actions, setsid=session,
+                           setsigmask=blocked, setsigdef=_DEFAULT_SIGNALS)
+
+
+def reap_within(pid: int, secs: float) -> int | None:
+    """Return the exit code of a process of our own, -N for signal N, or `None` if it has not ended after `secs`."""
+    until = time.monotonic() + secs
+    while True:
+        try:
+            found, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # the program that we are a part of reaps all that ends
+            return 0
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= until:
+            return None
+        time.sleep(_REAP_AGAIN_SECS)
 
 
 def confine(memory_bytes: int) -> None:

@@ -4,6 +4,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
 
     endpoints   addresses, socket options, refusals of our own
     link        the ZeroMQ end for clients
+    alink       the same for asynchronous clients
     monitor     the monitor thread: the core's events to subscribers
     loop        the REP loop
     server      AgentServer: the shell as a Python object

@@ -65,6 +65,11 @@ def req_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     return sock
 
 
+def dealer_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
+    """Return the request socket of a client that asks for several things at once."""
+    return _socket(context, zmq.DEALER, _QUEUED_REPLIES, MAX_WIRE)
+
+
 def sub_socket(context: zmq.Context[Any], queued: int = QUEUED_EVENTS) -> zmq.Socket[Any]:
     """Return a client's listening socket. It says nothing by itself, so without heartbeats it would not notice that
     the other end has gone."""
@@ -218,6 +223,16 @@ def probe(endpoint: str, timeout: float) -> None:
     except OSError as e:
         raise LinkError(f"no server answers at {endpoint} ({e.strerror or e}); "
                         "start one with: agentserver serve") from None
+
+
+def connected(sock: zmq.Socket[Any], endpoint: str) -> zmq.Socket[Any]:
+    """Connect a client's socket and return it, or close it and say why not."""
+    try:
+        sock.connect(endpoint)
+    except zmq.ZMQError as e:
+        sock.close()
+        raise LinkError(f"cannot connect to {endpoint}: {e.strerror}") from None
+    return sock
 
 
 # ---------------------------------------------------------------- replies

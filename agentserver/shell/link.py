@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Dict, Optional, Sequence, Set
+from typing import Any, Dict, Optional, Sequence
 
 import zmq
 
 from ..errors import LinkError, RequestTimeout
-from ..wire import encode, new_id
-from .endpoints import QUEUED_EVENTS, probe, req_socket, sub_socket
+from .endpoints import QUEUED_EVENTS, connected, probe, req_socket, sub_socket
 
 Json = Dict[str, Any]
 
@@ -23,7 +22,6 @@ class ZmqLink:
     """A way to a server over ZeroMQ, with the interface of `core.link.Link`."""
 
     attempt_secs = 0.3       # a request that a dying shell took is gone, and nobody tells us; doubled each time
-    recheck_secs = 3.0       # published messages may be lost in silence
     queued_events = QUEUED_EVENTS  # that may wait to be taken by `next_event`; what comes beyond them is lost
 
     def __init__(self, endpoint: str) -> None:
@@ -31,8 +29,7 @@ class ZmqLink:
         self._context: zmq.Context[Any] = zmq.Context.instance()
         self._req: Optional[zmq.Socket[Any]] = None
         self._req_secs = -1.0
-        self._sub: Optional[zmq.Socket[Any]] = None
-        self._topics: Set[str] = set()
+        self._ear: Optional[_Ear] = None
 
     def request(self, raw: bytes, timeout: float) -> bytes:
         """Send one message and return its reply. After any failure the next call uses a fresh socket."""
@@ -59,86 +56,113 @@ class ZmqLink:
 
     def _connect(self, timeout: float) -> zmq.Socket[Any]:
         probe(self._endpoint, timeout)
-        req = req_socket(self._context)
-        try:
-            req.connect(self._endpoint)
-        except zmq.ZMQError as e:
-            req.close()
-            raise LinkError(f"cannot connect to {self._endpoint}: {e.strerror}") from None
-        self._req, self._req_secs = req, -1.0
-        return req
+        self._req, self._req_secs = connected(req_socket(self._context), self._endpoint), -1.0
+        return self._req
 
-    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0) -> Json:
+    def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0,
+                  endpoint: str = "") -> Json:
         """Listen to these topic prefixes. Nothing confirms it: what is published meanwhile may be missed."""
-        if self._sub is None:
-            self._sub = self._listen(timeout)
-        wanted = set(topics)
-        for topic in wanted - self._topics:
-            self._sub.setsockopt(zmq.SUBSCRIBE, topic.encode())
-        for topic in self._topics - wanted:
-            self._sub.setsockopt(zmq.UNSUBSCRIBE, topic.encode())
-        self._topics = wanted
+        self._deafen()
+        self._ear = _Ear(listening(self._context, endpoint, topics, self.queued_events))
         return {}
 
-    def _listen(self, timeout: float) -> zmq.Socket[Any]:
-        endpoint = self._pub_endpoint(timeout)
-        if not endpoint:
-            raise LinkError("this server publishes nothing (its pub_endpoint is none); "
-                            "start it with --pub-endpoint, or read instead of listening")
-        sub = sub_socket(self._context, self.queued_events)
-        try:
-            sub.connect(endpoint)
-        except zmq.ZMQError as e:
-            sub.close()
-            raise LinkError(f"cannot listen at {endpoint}: {e.strerror}") from None
-        self._topics = set()
-        return sub
-
-    def _pub_endpoint(self, timeout: float) -> str:
-        raw = encode({"type": "health_check_request", "request_id": new_id()})
-        try:
-            reply = json.loads(self.request(raw, timeout))
-            return str(reply["metadata"].get("pub_endpoint") or "")
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise LinkError(f"{self._endpoint} did not say where it publishes; is it an agentserver?") from None
-
     def next_event(self, timeout: Optional[float]) -> Optional[Json]:
-        """Return the next event, or `None` after `timeout` seconds; libzmq reconnects by itself."""
-        if self._sub is None:
+        """Return the next event, or `None` after `timeout` seconds; `LinkError` when the connection was lost."""
+        if self._ear is None:
             raise LinkError("nothing is subscribed on this link; call subscribe first")
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            try:
-                frames = self._sub.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = self._ear.take()
+            if frames is None:
+                if self._ear.cut():
+                    self._deafen()
+                    raise LinkError(f"the link to what {self._endpoint} publishes broke")
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return None
-                self._sub.poll(None if left is None else int(left * 1000) + 1)
+                self._ear.wait(left)
                 continue
-            event = _event(frames)
+            event = event_in(frames)
             if event is not None:
                 return event
 
     @property
     def event_fd(self) -> int:
         """The descriptor of the SUB socket. It is edge-triggered: see `Link.event_fd`."""
-        return int(self._sub.getsockopt(zmq.FD)) if self._sub is not None else -1
+        return self._ear.fd if self._ear else -1
+
+    def listener(self) -> ZmqLink:
+        """Return another link to the same server; the caller closes it."""
+        return ZmqLink(self._endpoint)
 
     def _drop_req(self) -> None:
         if self._req is not None:
             self._req.close()
             self._req = None
 
+    def _deafen(self) -> None:
+        if self._ear is not None:
+            self._ear.close()
+            self._ear = None
+
     def close(self) -> None:
-        """Close both sockets; what was not sent is dropped."""
+        """Close all sockets; what was not sent is dropped."""
         self._drop_req()
-        if self._sub is not None:
-            self._sub.close()
-            self._sub = None
+        self._deafen()
 
 
-def _event(frames: Sequence[bytes]) -> Optional[Json]:
+class _Ear:
+    """A SUB socket, and the one that tells when its connection was lost: libzmq would reconnect in silence."""
+
+    def __init__(self, sub: zmq.Socket[Any]) -> None:
+        self._sub = sub
+        self._monitor = monitor_of(sub)
+        self.fd = int(sub.getsockopt(zmq.FD))
+
+    def take(self) -> Optional[Sequence[bytes]]:
+        """Return a message that is there."""
+        try:
+            frames: Sequence[bytes] = self._sub.recv_multipart(zmq.NOBLOCK)
+            return frames
+        except zmq.Again:
+            return None
+
+    def cut(self) -> bool:
+        """Whether the connection was lost; ask when all that came before has been taken."""
+        return bool(self._monitor.poll(0))
+
+    def wait(self, secs: Optional[float]) -> None:
+        """Wait for either."""
+        millis = -1 if secs is None else int(secs * 1000) + 1
+        zmq.zmq_poll([(self._sub, zmq.POLLIN), (self._monitor, zmq.POLLIN)], millis)
+
+    def close(self) -> None:
+        """Close both."""
+        self._sub.disable_monitor()
+        self._monitor.close(0)
+        self._sub.close()
+
+
+# ---------------------------------------------------------------- what the asynchronous twin does too (alink.py)
+
+def listening(context: zmq.Context[Any], endpoint: str, topics: Sequence[str], queued: int) -> zmq.Socket[Any]:
+    """Return a SUB socket that listens to these topics at a publisher's endpoint."""
+    if not endpoint:
+        raise LinkError("this server publishes nothing (its pub_endpoint is none); "
+                        "start it with --pub-endpoint, or read instead of listening")
+    sub = sub_socket(context, queued)
+    for topic in topics:
+        sub.setsockopt(zmq.SUBSCRIBE, topic.encode())
+    return connected(sub, endpoint)
+
+
+def monitor_of(sub: zmq.Socket[Any]) -> zmq.Socket[Any]:
+    """Return a socket that gets a message when the other's connection was lost."""
+    monitor: zmq.Socket[Any] = sub.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    return monitor
+
+
+def event_in(frames: Sequence[bytes]) -> Optional[Json]:
     """Return what a publisher sent, or `None` if it is none of ours."""
     try:
         value = json.loads(frames[1]) if len(frames) == 2 else None
