@@ -376,6 +376,14 @@ def test_a_machine_without_agentserver_is_told_of(address: str) -> None:
             client.health()
 
 
+def test_a_key_may_be_for_nothing_else(machine: sshd.Sshd, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = machine.add_key("restricted", f'restrict,command="{os.environ["AGENTSERVER_SSH_COMMAND"]} '
+                                        f'--state-dir {server.state_dir}"')
+    monkeypatch.setenv("AGENTSERVER_SSH", machine.ssh_with(key))
+    with AgentClient("ssh://machine?command=touch /tmp/never") as client:
+        assert client.health().metadata["state_dir"] == str(server.state_dir)
+
+
 # ---------------------------------------------------------------- the command line
 
 class Cli:
