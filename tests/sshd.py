@@ -33,7 +33,6 @@ Host machine
     HostName 127.0.0.1
     Port {port}
 Host *
-    IdentityFile {home}/key
     IdentitiesOnly yes
     IdentityAgent none
     UserKnownHostsFile {home}/known_hosts
@@ -67,12 +66,11 @@ class Sshd:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        for name in ("host_key", "key"):
-            subprocess.run([_find("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(home / name)], check=True)
-        shutil.copy(home / "key.pub", home / "authorized_keys")
+        self._make_key("host_key")
+        self.add_key("key")
         (home / "sshd_config").write_text(_SSHD.format(port=self.port, home=home))
         (home / "ssh_config").write_text(_SSH.format(port=self.port, home=home))
-        self.ssh = f"{_find('ssh')} -F {home}/ssh_config"
+        self.ssh = f"{_find('ssh')} -F {home}/ssh_config -i {home}/key"
         with open(home / "sshd.log", "wb") as log:
             self.process = subprocess.Popen([_find("sshd"), "-D", "-e", "-f", str(home / "sshd_config")],
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -81,6 +79,22 @@ class Sshd:
         except BaseException:
             self.close()
             raise
+
+    def _make_key(self, name: str) -> Path:
+        key = self.home / name
+        subprocess.run([_find("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+        return key
+
+    def add_key(self, name: str, restriction: str = "") -> Path:
+        """Make a key and let who has it in, as far as the restriction goes."""
+        key = self._make_key(name)
+        with open(self.home / "authorized_keys", "a") as keys:
+            keys.write(f"{restriction} {key.with_suffix('.pub').read_text()}".lstrip())
+        return key
+
+    def ssh_with(self, key: Path) -> str:
+        """Return the command that comes with another key."""
+        return self.ssh.rpartition(" ")[0] + f" {key}"
 
     def _listens(self) -> bool:
         assert self.process.poll() is None, (self.home / "sshd.log").read_text()

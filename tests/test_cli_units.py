@@ -75,7 +75,7 @@ def test_the_documentation_has_every_exit_code() -> None:
         assert f"| {code} |" in text
 
 
-@pytest.mark.parametrize("later", ["attach", "top", "keys", "stdio", "nonsense"])
+@pytest.mark.parametrize("later", ["attach", "top", "keys", "nonsense"])
 def test_a_command_of_later_is_unknown(later: str) -> None:
     with pytest.raises(exits.UsageError, match=later):
         options.parse([later])

@@ -1,4 +1,4 @@
-"""What the documents show is run: README's sessions and Python, and the client in docs/protocol.md.
+"""What the documents show is run: sessions, README's Python, and the client in docs/protocol.md.
 
 Owns:    the runner for fenced `console` blocks: `$ command` lines, and the output expected below each.
 Runs in: the test process; commands run in bash, in an empty directory, against a real server.
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from support import DEADLINE_SECS, MAIN, ROOT, Server, assert_nothing_left, clean_environ, wait_until
+from support import AGENTS, DEADLINE_SECS, MAIN, ROOT, Server, assert_nothing_left, clean_environ, wait_until
 
 README = ROOT / "README.md"
+WITH_SESSIONS = (README, ROOT / "docs" / "ssh.md")
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -51,7 +52,7 @@ def matches(expected: str, got: str) -> bool:
 
 
 class Session:
-    """A person's terminal: `agentserver` on PATH, an empty working directory, a home of its own."""
+    """A person's terminal: `agentserver` on PATH, an `ssh` that leads here, an empty working directory, a home."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -60,6 +61,7 @@ class Session:
         programs.mkdir()
         self._script(programs / "agentserver", f'exec "{sys.executable}" "{MAIN}" "$@"')
         self._script(programs / "python3", f'exec "{sys.executable}" "$@"')
+        self._script(programs / "ssh", f'[ $# = 3 ] && set -- -- "$@"; exec "{AGENTS / "ssh"}" "$@"')
         environ = clean_environ(home, {"HOME": str(home), "AGENTSERVER_ENDPOINT": "tcp://127.0.0.1:0",
                                        "AGENTSERVER_PUB_ENDPOINT": "tcp://127.0.0.1:0"})
         environ["PATH"] = f"{programs}:{environ['PATH']}"
@@ -81,6 +83,8 @@ class Session:
 
     def _serve(self, command: str) -> str:
         """Start the server in the background and return what it says when it is ready."""
+        if self._server is not None:
+            assert self.end() == 0, "the session ends one server before the next"
         log = self.home / "serve.out"
         with open(log, "w") as out:
             self._server = subprocess.Popen(["bash", "-c", f"exec {command}"], stdout=out, stderr=out,
@@ -102,10 +106,11 @@ class Session:
             self._server.wait(DEADLINE_SECS)
 
 
-def test_the_sessions_in_the_readme_run_as_shown(state_dir: Path) -> None:
+@pytest.mark.parametrize("document", WITH_SESSIONS, ids=lambda path: path.name)
+def test_sessions_run_as_shown(document: Path, state_dir: Path) -> None:
     session = Session(state_dir)
     try:
-        for block in blocks(README, "console"):
+        for block in blocks(document, "console"):
             for command, expected in steps(block):
                 got = session.run(command)
                 assert matches(expected, got), f"$ {command}\n--- expected\n{expected}--- got\n{got}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
-from support import DEADLINE_SECS, MAIN, ROOT, Server, clean_environ
+from support import AGENTS, DEADLINE_SECS, MAIN, ROOT, Server, clean_environ
 
 from agentserver import __version__
 
@@ -67,6 +67,14 @@ def test_the_file_serves_and_controls(pyz: Path, python: str, start_server: Call
     assert command("logs", "cat").stdout == "hello\n"
     assert command("logs", "cat", "--grep", "^h").stdout == "hello\n"
     assert command("info", "nobody").returncode == 4
+
+
+def test_the_file_is_both_ends_of_ssh(pyz: Path, python: str, start_server: Callable[..., Server]) -> None:
+    server = start_server(program=[python, str(pyz)], environ=ALONE, cwd=pyz.parent)
+    environ = {**ALONE, "AGENTSERVER_SSH": str(AGENTS / "ssh"), "AGENTSERVER_SSH_COMMAND": f"{python} {pyz} stdio"}
+    done = run([python, str(pyz), "run", "--server", server.address("stdio"), "--", "sh", "-c", "echo hello; exit 7"],
+               server.state_dir, environ)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "hello\n", "")
 
 
 def test_the_network_works_with_pyzmq(pyz: Path, start_server: Callable[..., Server]) -> None:

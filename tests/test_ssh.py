@@ -167,7 +167,7 @@ def test_what_a_login_shell_prints_is_passed_over(server: Server, stand_in: Call
 
 
 def test_much_noise_on_stderr_stops_nothing(server: Server, stand_in: Callable[[str], Path]) -> None:
-    stand_in("(dd if=/dev/zero bs=1000 count=1000 2>/dev/null | tr '\\0' 'x' >&2) &\n" + STAND_IN)
+    stand_in("head -c 1000000 /dev/zero | tr '\\0' 'x' >&2\n" + STAND_IN)
     with AgentClient(server.address("stdio")) as client:
         assert client.health().healthy
         assert client.spawn(["true"]).wait(DEADLINE_SECS).code == 0
@@ -374,6 +374,14 @@ def test_a_machine_without_agentserver_is_told_of(address: str) -> None:
     with AgentClient(address + "?command=agentserver-that-is-not-there") as client:
         with pytest.raises(NotThere, match="not installed on machine.*AGENTSERVER_SSH_COMMAND"):
             client.health()
+
+
+def test_a_key_may_be_for_nothing_else(machine: sshd.Sshd, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = machine.add_key("restricted", f'restrict,command="{os.environ["AGENTSERVER_SSH_COMMAND"]} '
+                                        f'--state-dir {server.state_dir}"')
+    monkeypatch.setenv("AGENTSERVER_SSH", machine.ssh_with(key))
+    with AgentClient("ssh://machine?command=touch /tmp/never") as client:
+        assert client.health().metadata["state_dir"] == str(server.state_dir)
 
 
 # ---------------------------------------------------------------- the command line

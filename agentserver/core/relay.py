@@ -35,7 +35,7 @@ UNANSWERED_BYTES = 16 * 1024 * 1024   # of requests; above it no more are read
 UNREAD_BYTES = 4 * 1024 * 1024        # of lines for a client that does not read them; above it the core is not read
 PIECE = 256 * 1024
 FIRST_SECS = 1.0                      # for a core whose socket is there and that does not answer at the beginning
-AWAY_SECS = 20.0                      # for one that was there: it is being started again
+AWAY_SECS = 30.0                      # for one that was there: it is being started again
 SURE_SECS = 0.5                       # after which it is asked whether anybody is there to start it again
 _AGAIN_MS = 20
 
