@@ -7,6 +7,7 @@ Unaware: of segments and indexes (test_output.py).
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -340,6 +341,17 @@ def test_a_flood_reaches_a_follower_complete(unix: LineWire, tmp_path: Path) -> 
     text = streamed(unix, lines)
     wait_until(sums.exists)
     assert sums.read_text().split()[:2] == [str(len(text)), hashlib.sha256(text).hexdigest()]
+
+
+def test_an_event_is_on_disk_before_it_is_pushed(unix: LineWire, shared: Server) -> None:
+    """Also one that comes of what was done after the commit of its turn: stdin is closed only then."""
+    import sqlite3
+    sleeper = unix.spawn("sleeper")
+    unix.subscribe(f"status.{sleeper}")
+    unix.control(sleeper, "close_stdin")
+    event = unix.event(lambda event: event.get("data") == {"stdin": "closed"})
+    with contextlib.closing(sqlite3.connect(str(shared.state_dir / "registry.db"))) as db:
+        assert db.execute("SELECT max(sequence) FROM events").fetchone()[0] >= event["sequence"]
 
 
 def test_a_subscriber_that_does_not_read_costs_little(shared: Server, unix: LineWire, tmp_path: Path) -> None:

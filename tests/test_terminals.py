@@ -8,24 +8,30 @@ Unaware: of what a terminal looks like to a person: nothing here draws a screen.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
+import termios
+import tty
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
 from manager import Manager, manager_in
-from support import Server, wait_until
+from support import Server, agent, wait_until
 from test_faults import back
 from test_survival import by_request, kill_core, reload, successor
 from wire import LineWire, Wire, alive, child_environ, process_state
 
 from agentserver.cli.supervised import FDS_STORED
-from agentserver.core import process
+from agentserver.core import process, stdin, terminal
+from agentserver.core.output import OutputLog
+from agentserver.core.terminal import Terminal
+from agentserver.errors import RequestError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -393,6 +399,118 @@ def test_orphans_on_two_terminals_are_told_apart(unix: LineWire) -> None:
     assert record["code"] == 0 and {item["pid"] for item in record["leaked"]} == {second}
 
 
+# ---------------------------------------------------------------- the stop ladder
+
+def test_a_backend_that_ends_at_the_end_of_file(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """`finish = close_stdin` types it; where there is no room for it, SIGTERM comes at once."""
+    (tmp_path / "as.ini").write_text("[backend cat]\nargv = cat\nstdin = pty\nfinish = close_stdin\n[backend raw]\n"
+                                     f"argv = {' '.join(agent('raw', 'wait'))}\nstdin = pty\nfinish = close_stdin\n")
+    server = start_server("--config", str(tmp_path / "as.ini"), "--stdin-buffer-bytes", "4096")
+    with LineWire(server.socket_path) as wire:
+        cat, raw = (wire.ok("spawn_request", config={"model_backend": name})["agent_info"]["id"]
+                    for name in ("cat", "raw"))
+        keys(wire, cat, "half a line")
+        wire.control(cat, "stop")
+        record = wire.exit(cat)
+        assert (record["code"], record["reason"]) == (0, "stop") and wire.output(cat) == b"half a line" * 2
+        wire.until_output(raw, b"ready")
+        for piece in ("x" * 4096, "x"):
+            while wire.ask("control_command", agent_id=raw, command_type="write_stdin",
+                           payload={"data": piece})["success"]:
+                pass
+        wire.control(raw, "stop")
+        assert wire.exit(raw)["signal"] == "SIGTERM"
+
+
+# ---------------------------------------------------------------- where the kernel or Python lacks something
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Terminal, int, OutputLog]]:
+    """A terminal in raw mode, its other side, and where its output goes."""
+    ours, slave = terminal.make(5, 6)
+    tty.setraw(slave)
+    made, log = Terminal(ours), OutputLog(str(tmp_path / "log"), 1 << 20)
+    yield made, slave, log
+    made.close()
+    os.close(slave)
+    log.close()
+
+
+def captured(made: Terminal, log: OutputLog) -> bytes:
+    """Return everything that was captured, once there is nothing more."""
+    with contextlib.suppress(BlockingIOError):
+        while made.capture(log):
+            pass
+    return log.read("stdout", 0, 1 << 20).data
+
+
+def refuse(*_: object) -> int:
+    """Stand for a call that this kernel does not make here."""
+    raise OSError(errno.EINVAL, "not here")
+
+
+@pytest.mark.parametrize("instead", [None, refuse], ids=["python", "kernel"])
+def test_output_without_splice(pair: tuple[Terminal, int, OutputLog], monkeypatch: pytest.MonkeyPatch,
+                               instead: Callable[..., int] | None) -> None:
+    """Also what a core that had it left in the relay comes out, first."""
+    made, slave, log = pair
+    os.write(slave, b"one ")
+    if "relay.in" in made.descriptors():
+        assert captured(made, log) == b"one "
+        os.write(made.descriptors()["relay.in"], b"two ")
+    else:
+        os.write(slave, b"two ")
+    monkeypatch.setattr(terminal, "_splice", instead)
+    later = Terminal({name: os.dup(fd) for name, fd in made.descriptors().items()})
+    os.write(slave, b"x" * 10_000)
+    assert captured(later, log) == b"one two " + b"x" * 10_000
+    os.write(slave, b"end")
+    assert captured(later, log).endswith(b"xend")
+    later.close()
+
+
+def test_typing_without_sendfile(pair: tuple[Terminal, int, OutputLog], monkeypatch: pytest.MonkeyPatch,
+                                 tmp_path: Path) -> None:
+    """Reading and writing instead; the position says how much was taken."""
+    made, slave, _ = pair
+    data = os.urandom(100_000).replace(b"\4", b"5")
+    (tmp_path / "stdin").write_bytes(data)
+    monkeypatch.setattr(os, "sendfile", refuse)
+    file, taken = os.open(tmp_path / "stdin", os.O_RDONLY), b""
+    os.set_blocking(slave, False)
+    while len(taken) < len(data):
+        with contextlib.suppress(BlockingIOError):
+            stdin._move(file, made.master, len(data))
+        with contextlib.suppress(BlockingIOError):
+            taken += os.read(slave, 4096)
+    assert taken == data and os.lseek(file, 0, os.SEEK_CUR) == len(data)
+    os.close(file)
+
+
+@pytest.mark.parametrize("before, typed", [
+    (b"", 1), (b"line\n", 1), (b"line\r", 1), (b"\3", 1), (b"x\4", 1), (b"\x15", 1), (b"x", 2), (b"line\n x", 2)])
+def test_how_often_the_end_of_file_is_typed(before: bytes, typed: int) -> None:
+    ours, slave = terminal.make(1, 1)
+    assert terminal.end_of_file(ours["pty"], before) == b"\4" * typed
+    mode = termios.tcgetattr(slave)
+    mode[6][termios.VEOF] = b"\0"
+    termios.tcsetattr(slave, termios.TCSANOW, mode)
+    assert terminal.end_of_file(ours["pty"], b"") == b"\4", "it is switched off, and has to be something"
+    tty.setraw(slave)
+    assert terminal.end_of_file(ours["pty"], before) == b"\4"
+    for fd in (*ours.values(), slave):
+        os.close(fd)
+
+
+def test_no_terminal_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> tuple[int, int]:
+        raise OSError(errno.ENOSPC, "none")
+    monkeypatch.setattr(os, "openpty", none_left)
+    with pytest.raises(RequestError, match="no terminal") as refused:
+        process.ends("pty", {"rows": 1, "cols": 1})
+    assert refused.value.code == "spawn_failed"
+
+
 # ---------------------------------------------------------------- survival
 
 def grown(wire: Wire, refs: list[str]) -> None:
@@ -414,6 +532,7 @@ EVENTS: dict[str, Callable[..., Any]] = {
     "keeper": keeper_and_core}
 
 
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="without splice a death of the core may cost a chunk")
 @pytest.mark.parametrize("happens", sorted(EVENTS))
 def test_a_flood_loses_nothing(start_server: Callable[..., Server], tmp_path: Path, happens: str) -> None:
     """As fast as terminals take it; every byte, in order, three times over."""
@@ -503,6 +622,7 @@ def manager(run_dir: Path) -> Iterator[Manager]:
     made.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "splice"), reason="without splice there is no relay")
 def test_terminals_live_in_the_store(start_server: Callable[..., Server], manager: Manager, tmp_path: Path) -> None:
     """All of us killed at once: terminal, relay, and what was typed come back from the service manager."""
     server, data = start_server(environ=manager.environ()), b"0123456789" * 20_000
@@ -541,6 +661,8 @@ def terminals_of(pid: int) -> list[str]:
 def test_nothing_is_left_open(server: Server) -> None:
     """After terminals have come and gone, in core and keeper; nor is one held that a spawn could not use."""
     pids = server.pids()
+    with open(f"/proc/{pids['core']}/stat") as stat:
+        assert stat.read().rpartition(") ")[2].split()[4] == "0", "the core has no terminal, whatever it opens"
     before = {part: terminals_of(pid) for part, pid in pids.items()}
     with LineWire(server.socket_path) as wire:
         live = at_terminal(wire)

@@ -13,6 +13,7 @@ import time
 from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM
 from typing import Callable, Iterable
 
+from ..errors import RequestError
 from ..wire import Json, rfc3339
 from . import lifecycle, process, tree
 from .agent import Agent
@@ -53,18 +54,27 @@ class Ending:
 
     def begin(self, agent: Agent, first: bool = True) -> None:
         """Start the ladder that was decided: the backend's own way if it has one, else SIGTERM."""
-        run = agent.run
-        assert run is not None
-        if first and agent.finish == "close_stdin" and run.stdin.open:
-            run.stdin.close()
-        elif first and agent.finish == "sigint":
-            self._family.signal(agent, SIGINT)
-        else:
+        if not (first and self._asked_its_own_way(agent)):
             self.terminate(agent)
             return
         if agent.status == lifecycle.PAUSED:
             self._family.signal(agent, SIGCONT)
         self._next(agent, "terminate", self._finish_secs)
+
+    def _asked_its_own_way(self, agent: Agent) -> bool:
+        """Ask an agent to end as its backend says; return whether there was a way."""
+        run = agent.run
+        assert run is not None
+        if agent.finish == "sigint":
+            self._family.signal(agent, SIGINT)
+        elif agent.finish == "close_stdin" and run.stdin.open:
+            try:
+                run.stdin.close()
+            except RequestError:  # at a terminal that is an end of file to be typed, and there may be no room for it
+                return False
+        else:
+            return False
+        return True
 
     def _next(self, agent: Agent, rung: str, secs: float) -> None:
         assert agent.ending is not None

@@ -137,7 +137,7 @@ def ends(stdin: str, size: Mapping[str, int] | None) -> Ends:
         return _terminal(opened, **size) if size is not None else _pipes(stdin == "pipe", opened)
     except OSError as e:
         _close(opened)
-        what = "it can have no terminal (see kernel.pty.max in sysctl): " if size is not None else ""
+        what = "no terminal is to be had (see sysctl kernel.pty and /dev/pts): " if size is not None else ""
         raise RequestError(f"the agent could not be started: {what}{os.strerror(e.errno or 0)}",
                            "spawn_failed") from None
 

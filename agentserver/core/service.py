@@ -234,6 +234,7 @@ class Service:
             self._take_back()
         else:
             self.supervisor.committed()
+            durable = self.registry.commit()  # what came of that; stdin is closed only now, for example
             if not self.supervisor.ending.parting:
                 self._last_words.known()
                 while self._known:

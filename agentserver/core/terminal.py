@@ -111,10 +111,12 @@ class Terminal:
     def capture(self, log: OutputLog) -> int:
         """Move what is on the screen now into the log; return how much, 0 at the end of everything. `BlockingIOError`
         when there is nothing."""
-        if not self.waiting:
-            if _splice is None or self._relay_in < 0:
-                return log.capture("stdout", self.master)
+        if not self.waiting and self._splices:
             self.waiting = self._pull()
+            if not self.waiting and self._splices:
+                return 0
+        if not self.waiting:
+            return log.capture("stdout", self.master)
         moved = 0
         while self.waiting:  # to the last byte: nobody wakes us for what is in the relay
             try:
@@ -124,6 +126,10 @@ class Terminal:
             moved += count
             self.waiting = max(0, self.waiting - count) if count else 0
         return moved
+
+    @property
+    def _splices(self) -> bool:
+        return _splice is not None and self._relay_in >= 0
 
     def _pull(self) -> int:
         """Move what the terminal holds into the empty relay; return how much, 0 at the end."""
@@ -136,12 +142,9 @@ class Terminal:
                     raise
                 break
             except OSError as e:
-                if e.errno == errno.EIO:  # nobody has the other side open
-                    break
-                if moved:
-                    break
-                self._without_relay()
-                raise BlockingIOError from None
+                if e.errno != errno.EIO and not moved:  # that would say that nobody has the other side open
+                    self._without_relay()
+                break
             if not count:
                 break
             moved += count
