@@ -74,11 +74,11 @@ def _children(pid: int) -> List[int]:
 
 
 def _is(pid: int, name: str, state_dir: Path) -> bool:
-    """Whether a process is that part: by its words, its mark, and the channel that a keeper gives its parts. A child of
-    the core that has not become an agent yet has the core's words and mark, but gives up the channel first."""
+    """Whether a process is that part, by its words and its mark. A child of the core that has not become an agent yet
+    has the core's words and mark too, but blocks all signals (glibc's posix_spawn)."""
     word = PART_OF[name]
     try:
-        if name != "keeper" and not os.readlink(f"/proc/{pid}/fd/0").startswith("socket:"):
+        if int(Path(f"/proc/{pid}/status").read_text().partition("\nSigBlk:")[2].split()[0], 16):
             return False
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return word in argv[-2:-1] + argv[2:3] and f"{MARK}={state_dir}".encode() in Path(
