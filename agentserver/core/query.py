@@ -180,7 +180,7 @@ class Filter:
         with timer:
             try:
                 self._search = re.compile(pattern).search
-                self._words, self._fold = literals(pattern)
+                self._words, self._fold, self._exact = literals(pattern)
             except re.error as e:
                 where = "" if e.pos is None else f" at character {e.pos}"
                 raise RequestError(f"filter is not a regular expression: {e.msg}{where}") from None
@@ -196,6 +196,8 @@ class Filter:
         text = block.text()
         lines = _lines(text)
         candidates = self._candidates(lines, text)
+        if self._exact and not isinstance(candidates, range):
+            return lines, candidates
         chosen = lines if len(candidates) == len(lines) else [lines[at] for at in candidates]
         with self._timer:
             try:
