@@ -22,7 +22,6 @@ import select
 import signal
 import sys
 import time
-import warnings
 from bisect import bisect_right
 from heapq import merge
 from itertools import accumulate, chain, compress, islice, repeat
@@ -30,7 +29,6 @@ from operator import contains, itemgetter
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 from ..errors import RequestError
-from .literals import literals
 from .output import OutputLog
 from .process import confine
 
@@ -175,8 +173,11 @@ class Filter:
     """A regular expression; all that it does runs against the timer."""
 
     def __init__(self, pattern: str, timer: Timer) -> None:
+        import warnings
+
+        from .literals import literals
         self._timer = timer
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of patterns whose meaning may change
         with timer:
             try:
                 self._search = re.compile(pattern).search
