@@ -260,13 +260,16 @@ class _Stream:
         self.expected = offset
         self.gap = False       # the last hint told of bytes after ours
         self.done = False
-        self._told_end = 0     # by a heartbeat
+        self.stuck = False     # nothing has come between the last two heartbeats
+        self._at_beat = -1     # where we were at the last one
+        self._told_end = 0     # where the stream ended then
+        self._asked_end = 0    # what of that was asked for in vain: half a character is not told before its other half
 
-    def told(self, span: Json) -> bool:
-        """Return whether a heartbeat tells of bytes that did not come; once, for the last may be half a character."""
-        end, before = int(span.get("end_offset") or 0), self._told_end
-        self._told_end = end
-        return end > self.expected and end > before
+    def lacks(self, span: Json) -> bool:
+        """Return whether a heartbeat tells of bytes that have not come; they may be on their way."""
+        self.stuck, self._at_beat = self._at_beat == self.expected, self.expected
+        self._told_end = int(span.get("end_offset") or 0)
+        return self._told_end > max(self.expected, self._asked_end)
 
     def take(self, event: Json) -> Talk[bool]:
         """Hand on what of a pushed chunk is new and next; return whether it came out of turn."""
@@ -294,6 +297,8 @@ class _Stream:
             yield self._item(replace(chunk, dropped=0))
         if chunk.data or chunk.dropped:
             self.expected = chunk.next_offset
+        else:
+            self._asked_end = self._told_end
         return bool(chunk.data) and not chunk.eof
 
     def _item(self, what: Union[Chunk, OutputDropped]) -> Item:
@@ -361,7 +366,7 @@ class _Output:
     def take(self, event: Json) -> Talk[bool]:
         """Follow a hint; return whether it came out of turn."""
         if event.get("type") == "status_update":
-            self._compare(event)
+            return self._compare(event)
         topic = str(event.get("topic"))
         stream = self.streams.get(topic)
         if stream is None:
@@ -372,13 +377,19 @@ class _Output:
         self._drop_if_done(topic)
         return late
 
-    def _compare(self, event: Json) -> None:
-        """Take from a heartbeat where the streams end; from an end, that they have ended."""
-        spans, ended = (event.get("data") or {}).get("output") or {}, _finished(event.get("status"))
+    def _compare(self, event: Json) -> bool:
+        """Take from an end that all streams have ended; from a heartbeat whether any is further than was pushed."""
+        agent_id, spans = str(event.get("agent_id")), (event.get("data") or {}).get("output") or {}
+        if _finished(event.get("status")):
+            self.look(agent_id)
+        late = False
         for name in STREAMS:
-            topic = f"{event.get('agent_id')}.{name}"
-            if topic in self.streams and (self.streams[topic].told(spans.get(name) or {}) or ended):
-                self._fall_behind(topic)
+            stream = self.streams.get(f"{agent_id}.{name}")
+            if stream is not None and stream.lacks(spans.get(name) or {}):
+                late = True
+                if stream.stuck:
+                    self._fall_behind(f"{agent_id}.{name}")
+        return late
 
     def read(self, calls: Calls) -> Talk[None]:
         """Read one piece of each stream that is behind."""
@@ -471,7 +482,7 @@ def _latest_of(hint: Json, agent_id: str) -> int:
     """Return the number of the newest event that a hint tells of: of one agent's, or of all."""
     if not agent_id or _is_stored(hint):
         return int(hint.get("sequence") or 0)
-    return int((hint.get("data") or {}).get("event") or 0)  # the sequence of a heartbeat is the server's
+    return int((hint.get("data") or {}).get("last_event") or 0)  # the sequence of a heartbeat is the server's
 
 
 def _is_stored(hint: Json) -> bool:
