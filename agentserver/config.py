@@ -17,7 +17,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 from .errors import ConfigError
 
 #: variables with our prefix that are no settings: where clients look for a server, and whose process this is
-NOT_SETTINGS = frozenset(("AGENTSERVER_SERVER", "AGENTSERVER_SSH", "AGENTSERVER_SSH_COMMAND", "AGENTSERVER_AGENT_ID"))
+NOT_SETTINGS = frozenset(("AGENTSERVER_SERVER", "AGENTSERVER_SSH", "AGENTSERVER_SSH_COMMAND", "AGENTSERVER_AGENT_ID",
+                          "AGENTSERVER_DETACH_KEYS"))
 BACKEND_KEYS = ("like", "program", "argv", "argv_pipe", "stdin", "finish", "environment")
 BACKEND_KEY_PREFIXES = ("environment.", "file.", "tools.")
 MAX_FILE = 1024 * 1024     # bytes

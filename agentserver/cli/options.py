@@ -162,7 +162,17 @@ def _starting(commands: Any) -> None:
     run = _add(commands, "run", COMMAND, "spawn an agent, show its output, pass my stdin, exit with its code")
     _flag(run, "-d", "--detach", help="print the id and leave the agent alone")
     _describing(run)
+    _detaching(run)
+    attach = _add(commands, "attach", ONE, "show the terminal of an agent on mine, and type on it")
+    _detaching(attach)
+    _flag(attach, "--read-only", help="only watch: send no keys (Ctrl-C leaves, too) and no size")
     _describing(_add(commands, "spawn", COMMAND, "spawn an agent and print its id"))
+
+
+def _detaching(parser: Parser) -> None:
+    parser.add_argument("--detach-keys", metavar="KEYS",
+                        help="which keys leave the agent's terminal, as in ctrl-a,d, or none (default: "
+                             "AGENTSERVER_DETACH_KEYS, else ctrl-p,ctrl-q)")
 
 
 def _describing(parser: Parser) -> None:
@@ -179,6 +189,7 @@ def _describing(parser: Parser) -> None:
     add("--cwd", metavar="DIR", help="where it runs (default: here, if the server is local)")
     add("--stdin", choices=("null", "pipe", "pty"), help="whether it can be written to; pty: it runs on a terminal")
     add("--pty", metavar="ROWSxCOLS", type=values.terminal_size, help="it runs on a terminal of this size, as 24x80")
+    _flag(parser, "-t", "--terminal", help="it runs on a terminal like mine, of its size; `attach` shows it")
     _labels(parser, "a label to select by; as often as needed")
     add("--grace-secs", metavar="SECS", type=values.seconds, help="time between SIGTERM and SIGKILL when it is stopped")
     add("--runtime-secs", metavar="SECS", type=values.seconds, help="end it after so long")

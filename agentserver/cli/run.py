@@ -11,14 +11,16 @@ import threading
 import time
 from argparse import Namespace
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Union
 
 from ..errors import AgentServerError, LinkError, RequestTimeout
-from ..results import AgentInfo
+from ..results import AgentInfo, Chunk, OutputDropped
 from . import connect, exits, out, pieces, show, spawn
 
 if TYPE_CHECKING:
     from ..client import AgentClient
+
+Shown = Callable[[str, Union[Chunk, OutputDropped]], None]  # called with a stream and what of it is next
 
 _STEPS = (("SIGINT", "sent SIGINT to the agent; Ctrl-C again stops it"),
           ("stop", "stopping the agent; Ctrl-C again kills it"),
@@ -30,6 +32,9 @@ def run(given: Namespace) -> int:
     spawn.check(given)
     if given.detach:
         return spawn.spawn(given)
+    if given.terminal:
+        from .attach import run_attached
+        return run_attached(given)
     with connect.patient(given) as client, _Interrupts() as interrupts:
         limit = connect.deadline(given)
         agent = spawn.start(client, given)
@@ -51,7 +56,7 @@ def run(given: Namespace) -> int:
             raise
     if given.json:
         out.document({"type": "ended", "agent_info": ended.raw})
-    _tell_end(ended)
+    tell_end(ended)
     return ended.exit.returncode if ended.exit else exits.FAILED
 
 
@@ -70,20 +75,23 @@ def _accompany(client: AgentClient, given: Namespace, info: AgentInfo, limit: fl
         pump = Pump(lambda: _again(client, given), info.id)
         pump.start()
     try:
-        return _to_the_end(client, given, info.id, limit)
+        write = pieces.write_json if given.json else pieces.write_raw
+        return to_the_end(client, info.id, limit, lambda stream, what: write(pieces.followed(info.id, stream, what)))
     finally:
         if pump is not None:
             pump.stop()
 
 
-def _to_the_end(client: AgentClient, given: Namespace, agent_id: str, limit: float | None) -> AgentInfo:
-    """Show all output, also that of another attempt if somebody restarts the agent meanwhile."""
-    reached = {"stdout": 0, "stderr": 0}
-    write = pieces.write_json if given.json else pieces.write_raw
+def to_the_end(client: AgentClient, agent_id: str, limit: float | None, shown: Shown, since: int = 0) -> AgentInfo:
+    """Show all output (stdout from `since` on), also of another attempt if somebody restarts the agent meanwhile.
+
+    Returns the agent when it has ended.
+    """
+    reached = {"stdout": since, "stderr": 0}
     while True:
         for _, stream, what in client.follow([agent_id], since=reached, timeout=_left(limit)):
             reached[stream] = what.next_offset
-            write(pieces.followed(agent_id, stream, what))
+            shown(stream, what)
         ended = client.wait([agent_id], timeout=_left(limit))[0]
         if ended.finished and all(span.end_offset <= reached.get(name, 0) for name, span in ended.output.items()):
             return ended
@@ -93,7 +101,7 @@ def _left(limit: float | None) -> float | None:
     return None if limit is None else max(limit - time.monotonic(), 0.001)
 
 
-def _tell_end(info: AgentInfo) -> None:
+def tell_end(info: AgentInfo) -> None:
     """Say why it ended where the exit code alone would mislead; on a terminal, wherever somebody ended it."""
     record = info.exit
     odd = record is None or record.reason in ("lost", "not_started") or record.reason.startswith("limit:")

@@ -36,6 +36,9 @@ def check(given: Namespace) -> None:
     if bool(given.argv) == bool(given.backend):
         raise UsageError(f"`agentserver {given.subcommand}`: give either -- CMD, or --backend with --task"
                          + ("; not both" if given.argv else ""))
+    if given.terminal and given.stdin not in (None, "pty"):
+        raise UsageError(f"`agentserver {given.subcommand}`: -t gives the agent a terminal, and "
+                         f"--stdin {given.stdin} none; leave one of them out")
 
 
 def start(client: AgentClient, given: Namespace) -> Agent:
@@ -48,8 +51,10 @@ def described(given: Namespace, local: bool) -> dict[str, Any]:
     config = {name: getattr(given, name) for name in _SAME_NAME if getattr(given, name) is not None}
     if given.backend:
         config["model_backend"] = given.backend
+    if given.terminal:
+        config = {**_my_terminal(), **config}
     if given.env:
-        config["environment"] = dict(given.env)
+        config["environment"] = {**config.get("environment", {}), **dict(given.env)}
     if given.label:
         config["labels"] = dict(given.label)
     if given.runtime_secs is not None:
@@ -58,6 +63,17 @@ def described(given: Namespace, local: bool) -> dict[str, Any]:
     if directory is not None:
         config["cwd"] = directory
     return config
+
+
+def _my_terminal() -> dict[str, Any]:
+    """Return what makes the agent's terminal like mine, if I have one."""
+    try:
+        mine = os.get_terminal_size(1)
+    except OSError:
+        return {"stdin": "pty"}
+    kind = {name: os.environ[name] for name in ("TERM", "COLORTERM") if os.environ.get(name)}
+    size = {"pty": {"rows": mine.lines, "cols": mine.columns}} if mine.lines and mine.columns else {}
+    return {"stdin": "pty", "environment": kind, **size}
 
 
 def _directory(given: str | None, local: bool) -> str | None:

@@ -16,6 +16,7 @@ import select
 import shlex
 import signal
 import socket
+import termios
 import time
 from typing import Dict, List, Mapping, NamedTuple, Optional, Set
 
@@ -103,10 +104,11 @@ def command_lines(target: Target, environ: Mapping[str, str], ask: bool) -> List
 
 
 def may_ask() -> bool:
-    """Whether a person sits at a terminal that is ours at this moment, and could be asked for a password."""
+    """Whether a person sits at a terminal that is ours at this moment, and could be asked for a password; not while
+    each key goes to an agent (raw mode)."""
     try:
-        return os.tcgetpgrp(2) == os.getpgrp()
-    except OSError:
+        return os.tcgetpgrp(2) == os.getpgrp() and bool(termios.tcgetattr(2)[3] & termios.ICANON)
+    except (OSError, termios.error):
         return False
 
 
