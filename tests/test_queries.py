@@ -507,13 +507,16 @@ def test_the_client_asks_again_and_gets_its_answer(start_server: Callable[..., S
     none_left(server)
 
 
-def test_a_search_over_the_network_is_done_once(server: Server, tmp_path: Path) -> None:
+def test_a_search_over_the_network_is_done_once(start_server: Callable[..., Server], tmp_path: Path) -> None:
     """The client asks again when a shell may have died with its request, but gives a search its time."""
+    server = start_server("--pattern-timeout-secs", "1")
     with AgentClient(server.endpoint) as client, LineWire(server.socket_path) as wire:
-        ref = written(wire, tmp_path, b"x\n" * 3_000_000)
-        before = wire.ok("stats_request")["stats"]["requests"]
-        assert client.query(ref, offset=2_999_999).lines == ["x"]
-        assert wire.ok("stats_request")["stats"]["requests"] == before + 2
+        ref = written(wire, tmp_path, b"a" * 5000 + b"!\n")
+        before = wire.ok("stats_request")["stats"]["errors"]
+        with pytest.raises(RequestError) as refused:
+            client.query(ref, HOSTILE)
+        assert refused.value.code == "pattern_too_slow"
+        assert wire.ok("stats_request")["stats"]["errors"] == before + 1
 
 
 def test_a_search_is_not_taken_for_an_agent_s(hostile: tuple[Server, LineWire, str]) -> None:
