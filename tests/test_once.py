@@ -110,7 +110,7 @@ def test_an_end(mortal: Mortal, name: str, moment: str) -> None:
 def test_a_signal(mortal: Mortal, moment: str) -> None:
     """Nobody can know whether it was sent, and nobody says so; it is not sent a second time."""
     with LineWire(mortal.server.socket_path) as wire:
-        running = wire.spawn("catcher", 9, 0)
+        running = wire.spawn("catcher", 9, 0, grace_secs=0.1)
         wait_until(lambda: says(wire, running, b"ready"), what="its handlers")
     reply = mortal.twice(command(running, "signal", signal="SIGUSR1"), moment + " kill")
     assert reply["error_code"] == "unavailable" and "not known" in reply["error"]
