@@ -95,7 +95,8 @@ def test_heartbeats_say_where_the_streams_stand(start_server: Callable[..., Serv
         sub = Subscriber(server.pub_endpoint, f"status.{sleeper}")
         try:
             beat = sub.next(lambda e: e["update_type"] == "heartbeat")
-            assert beat["data"] == {"output": wire.info(sleeper)["output"]}
+            newest = wire.ok("events_request", agent_id=sleeper)["events"][-1]["sequence"]
+            assert beat["data"] == {"output": wire.info(sleeper)["output"], "last_event": newest}
         finally:
             sub.close()
 
@@ -197,7 +198,8 @@ def test_every_join_that_names_something_is_answered(unix: LineWire, subscribe: 
         for ref, status in ((sleeper, "running"), (ended, "failed")):
             told = subscribe(f"status.{ref}").next()
             assert told["update_type"] == "heartbeat" and told["status"] == status
-            assert told["data"] == {"output": unix.info(ref)["output"]}
+            newest = unix.ok("events_request", agent_id=ref)["events"][-1]["sequence"]
+            assert told["data"] == {"output": unix.info(ref)["output"], "last_event": newest}
             assert told["sequence"] == unix.ok("events_request", since=2 ** 62)["next"]
         assert subscribe("").next(lambda e: e["type"] == "server_update")["update_type"] == "heartbeat"
         at_end = subscribe(f"{ended}.stdout").next()
@@ -243,9 +245,8 @@ def test_what_nobody_subscribed_to_is_not_produced(unix: LineWire, subscribe: Ca
     sub.socket.unsubscribe(f"{listened}.stdout".encode())
 
     def is_over() -> bool:
-        at = pushed()
+        at, end = pushed(), unix.info(listened)["output"]["stdout"]["end_offset"]
         unix.control(listened, "write_stdin", data="out now nobody does\n")
-        end = unix.info(listened)["output"]["stdout"]["end_offset"]
         wait_until(lambda: unix.info(listened)["output"]["stdout"]["end_offset"] > end)
         return pushed() == at
     wait_until(is_over, what="the end of the subscription to arrive")
