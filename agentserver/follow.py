@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, 
 
 from .calls import Calls, Json
 from .errors import AgentServerError, LinkError, RequestTimeout
-from .messages import MAX_READ
 from .results import AgentInfo, Chunk, EventsDropped, OutputDropped
 from .talk import Hear, Item, Listen, Pause, Talk, through
 from .wire import MAX_INT, rfc3339
@@ -32,6 +31,7 @@ _BEAT_SECS = 10.0      # between heartbeats, where the server does not say
 _QUIET_BEATS = 2.5     # after so many without a word of something, look
 _LISTEN_SECS = 10.0    # for the server to say where it publishes
 _GONE_SECS = 1.0       # how long a server that told of an end and cannot be reached is tried before that is believed
+_READ_BYTES = 1024 * 1024  # at once, by one who is behind: more would only keep the server's loop busy for longer
 _AT_ONCE = 100         # hints that are heard between two reads by one who is behind
 _ENDS_KEPT = 1000
 _STORED = frozenset(("status_changed", "error", "completed", "terminated"))
@@ -286,7 +286,7 @@ class _Stream:
             yield self._item(chunk)
         return False
 
-    def read(self, calls: Calls, most: int = MAX_READ) -> Talk[bool]:
+    def read(self, calls: Calls, most: int = _READ_BYTES) -> Talk[bool]:
         """Hand on the next chunk by asking; return whether there may be more."""
         asked = self.expected
         chunk = yield from calls.read(self.agent_id, self.name, asked, most)

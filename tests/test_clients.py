@@ -134,7 +134,7 @@ def test_output_past_the_cap_is_one_gap(twin: Any, link: str, start_server: Call
 
 
 def pass_time() -> float:
-    """Return a moment that has just passed, milliseconds after and before anything else: within one, times are shared."""
+    """Return a moment that has just passed, milliseconds from anything else: within one, times are shared."""
     moment = time.time() + 0.005
     wait_until(lambda: time.time() > moment + 0.005)
     return moment
