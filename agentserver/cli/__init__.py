@@ -22,10 +22,10 @@ from . import exits
 
 #: the module in this package that has the function of each command
 HOMES = {
-    "serve": "serve", "stdio": "stdio", "run": "run", "attach": "attach", "spawn": "spawn",
-    "ps": "agents", "info": "agents", "why": "agents", "logs": "logs", "record": "record", "replay": "replay",
-    "send": "send", "pause": "control", "resume": "control", "stop": "control", "kill": "control",
-    "restart": "control", "rm": "control", "signal": "control", "wait": "wait", "events": "server", "health": "server", "stats": "server",
+    "serve": "serve", "stdio": "stdio", "run": "run", "attach": "attach", "spawn": "spawn", "ps": "agents",
+    "info": "agents", "why": "agents", "logs": "logs", "record": "record", "replay": "replay", "send": "send",
+    "pause": "control", "resume": "control", "stop": "control", "kill": "control", "restart": "control",
+    "rm": "control", "signal": "control", "wait": "wait", "events": "server", "health": "server", "stats": "server",
     "reload": "server", "shutdown": "server", "doctor": "doctor",
 }
 

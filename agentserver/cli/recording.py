@@ -44,11 +44,12 @@ class Recording:
 
     def output(self, at: str, stream: str, data: bytes) -> List[str]:
         """Some bytes were written. A character is kept whole, and has the time of its end."""
+        secs = self._secs(at)
         data = self._halves.pop(stream, b"") + data
         end = whole(data)
         if end < len(data):
             self._halves[stream] = data[end:]
-        return self._output(self._secs(at), stream, data[:end]) if end else []
+        return self._output(secs, stream, data[:end]) if end else []
 
     def gap(self, at: str, stream: str, size: int) -> List[str]:
         """Some bytes are missing."""
