@@ -13,7 +13,7 @@ from typing import Any, AsyncIterator, Awaitable, Deque, List, Mapping, Optional
 
 from . import follow as following
 from .address import default_address, route_of, with_pyzmq
-from .calls import Calls, Json, Refs
+from .calls import Calls, Json, Ref, Refs
 from .client import Output
 from .core.alink import AsyncLineLink, AsyncLink, within
 from .errors import RequestTimeout
@@ -170,7 +170,7 @@ class AsyncAgentClient:
         the server; with `tail` the last ones, and then `offset` counts from the end."""
         return await self._run(self._calls.query(ref, pattern, stream, limit, offset, tail))
 
-    async def batch(self, command: str, agents: Optional[Sequence[str]] = None, *,
+    async def batch(self, command: str, agents: Optional[Sequence[Ref]] = None, *,
                     labels: Optional[Mapping[str, str]] = None, fail_fast: bool = False,
                     **payload: Any) -> BatchOutcome:
         """Give many agents a command. Does not raise for those that refuse: look at the outcome."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Union
 
 from .core.link import NotThere
 from .errors import LinkError, RequestError, RequestTimeout
@@ -20,7 +20,6 @@ from .talk import Ask, HangUp, Pause, Talk
 from .wire import encode, new_id, to_wire, wire_text
 
 Json = Dict[str, Any]
-Refs = Union[str, Sequence[str]]
 
 _FIRST_PATIENCE = 1.0      # seconds for a server that was never reached: it may just be starting a part again
 _KNOWN_PATIENCE = 10.0     # for one that was
@@ -28,6 +27,22 @@ _LONGEST_ATTEMPT = 8.0
 _SEARCH_ATTEMPT = 3.0      # a search in output may take a while, and asked again too soon it would be done twice
 _SEARCHES = ("output_query_request", "query_output")
 _CONFIG_FIELDS = frozenset(AgentConfig.__dataclass_fields__)
+
+
+class Identified(Protocol):
+    """A handle, or what is known of an agent: it has its id."""
+
+    @property
+    def id(self) -> str:
+        """The agent's id."""
+
+
+Ref = Union[str, Identified]
+Refs = Union[Ref, Sequence[Ref]]
+
+
+def _id_of(ref: Ref) -> str:
+    return str(getattr(ref, "id", ref))
 
 
 class Calls:
@@ -168,11 +183,11 @@ class Calls:
         return str((yield from self.command(ref, "get_status", {}))["agent_id"])
 
     def resolve_all(self, refs: Any) -> Talk[List[str]]:
-        """Return the ids that are meant by one or several names or handles."""
-        names = [refs] if isinstance(refs, str) or hasattr(refs, "id") else list(refs)
+        """Return the ids that are meant by one or several ids, names, prefixes or handles."""
         ids: List[str] = []
-        for text in (str(getattr(name, "id", name)) for name in names):
-            ids.append(text if text in self.ends else (yield from self.resolve(text)))
+        for ref in [refs] if isinstance(refs, str) or hasattr(refs, "id") else list(refs):
+            known = not isinstance(ref, str) or ref in self.ends
+            ids.append(_id_of(ref) if known else (yield from self.resolve(str(ref))))
         return ids
 
     def command(self, ref: str, command: str, payload: Json, patience: Optional[float] = None) -> Talk[Json]:
@@ -204,13 +219,13 @@ class Calls:
         """See `Agent.tail`."""
         return LastLines.of((yield from self.control(agent_id, "query_output", {"max_lines": lines})))
 
-    def batch(self, command: str, agents: Optional[Sequence[str]], labels: Optional[Mapping[str, str]],
+    def batch(self, command: str, agents: Optional[Sequence[Ref]], labels: Optional[Mapping[str, str]],
               fail_fast: bool, payload: Json) -> Talk[BatchOutcome]:
         """See `AgentClient.batch`."""
         message: Json = {"type": "batch_control_command", "command_type": command, "fail_fast": fail_fast,
                          "payload": {name: value for name, value in payload.items() if value is not None}}
         if agents is not None:
-            message["agent_ids"] = [agents] if isinstance(agents, str) else [str(agent) for agent in agents]
+            message["agent_ids"] = [agents] if isinstance(agents, str) else [_id_of(agent) for agent in agents]
         if labels is not None:
             message["labels"] = dict(labels)
         try:

@@ -12,7 +12,7 @@ from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
 from . import follow as following
 from .address import default_address, route_of, with_pyzmq
-from .calls import Calls, Json, Refs
+from .calls import Calls, Json, Ref, Refs
 from .core.link import LineLink, Link
 from .follow import Since
 from .results import (
@@ -174,7 +174,7 @@ class AgentClient:
         the server; with `tail` the last ones, and then `offset` counts from the end."""
         return self._run(self._calls.query(ref, pattern, stream, limit, offset, tail))
 
-    def batch(self, command: str, agents: Optional[Sequence[str]] = None, *, labels: Optional[Mapping[str, str]] = None,
+    def batch(self, command: str, agents: Optional[Sequence[Ref]] = None, *, labels: Optional[Mapping[str, str]] = None,
               fail_fast: bool = False, **payload: Any) -> BatchOutcome:
         """Give many agents a command. Does not raise for those that refuse: look at the outcome."""
         return self._run(self._calls.batch(command, agents, labels, fail_fast, payload))

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, 
 
 from .calls import Calls, Json
 from .errors import AgentServerError, LinkError, RequestTimeout
-from .messages import MAX_READ
 from .results import AgentInfo, Chunk, EventsDropped, OutputDropped
 from .talk import Hear, Item, Listen, Pause, Talk, through
 from .wire import MAX_INT, rfc3339
@@ -32,6 +31,7 @@ _BEAT_SECS = 10.0      # between heartbeats, where the server does not say
 _QUIET_BEATS = 2.5     # after so many without a word of something, look
 _LISTEN_SECS = 10.0    # for the server to say where it publishes
 _GONE_SECS = 1.0       # how long a server that told of an end and cannot be reached is tried before that is believed
+_READ_BYTES = 1024 * 1024  # at once, by one who is behind: more would only keep the server's loop busy for longer
 _AT_ONCE = 100         # hints that are heard between two reads by one who is behind
 _ENDS_KEPT = 1000
 _STORED = frozenset(("status_changed", "error", "completed", "terminated"))
@@ -260,13 +260,16 @@ class _Stream:
         self.expected = offset
         self.gap = False       # the last hint told of bytes after ours
         self.done = False
-        self._told_end = 0     # by a heartbeat
+        self.stuck = False     # nothing has come between the last two heartbeats
+        self._at_beat = -1     # where we were at the last one
+        self._told_end = 0     # where the stream ended then
+        self._asked_end = 0    # what of that was asked for in vain: half a character is not told before its other half
 
-    def told(self, span: Json) -> bool:
-        """Return whether a heartbeat tells of bytes that did not come; once, for the last may be half a character."""
-        end, before = int(span.get("end_offset") or 0), self._told_end
-        self._told_end = end
-        return end > self.expected and end > before
+    def lacks(self, span: Json) -> bool:
+        """Return whether a heartbeat tells of bytes that have not come; they may be on their way."""
+        self.stuck, self._at_beat = self._at_beat == self.expected, self.expected
+        self._told_end = int(span.get("end_offset") or 0)
+        return self._told_end > max(self.expected, self._asked_end)
 
     def take(self, event: Json) -> Talk[bool]:
         """Hand on what of a pushed chunk is new and next; return whether it came out of turn."""
@@ -283,7 +286,7 @@ class _Stream:
             yield self._item(chunk)
         return False
 
-    def read(self, calls: Calls, most: int = MAX_READ) -> Talk[bool]:
+    def read(self, calls: Calls, most: int = _READ_BYTES) -> Talk[bool]:
         """Hand on the next chunk by asking; return whether there may be more."""
         asked = self.expected
         chunk = yield from calls.read(self.agent_id, self.name, asked, most)
@@ -294,6 +297,8 @@ class _Stream:
             yield self._item(replace(chunk, dropped=0))
         if chunk.data or chunk.dropped:
             self.expected = chunk.next_offset
+        else:
+            self._asked_end = self._told_end
         return bool(chunk.data) and not chunk.eof
 
     def _item(self, what: Union[Chunk, OutputDropped]) -> Item:
@@ -361,7 +366,7 @@ class _Output:
     def take(self, event: Json) -> Talk[bool]:
         """Follow a hint; return whether it came out of turn."""
         if event.get("type") == "status_update":
-            self._compare(event)
+            return self._compare(event)
         topic = str(event.get("topic"))
         stream = self.streams.get(topic)
         if stream is None:
@@ -372,13 +377,19 @@ class _Output:
         self._drop_if_done(topic)
         return late
 
-    def _compare(self, event: Json) -> None:
-        """Take from a heartbeat where the streams end; from an end, that they have ended."""
-        spans, ended = (event.get("data") or {}).get("output") or {}, _finished(event.get("status"))
+    def _compare(self, event: Json) -> bool:
+        """Take from an end that all streams have ended; from a heartbeat whether any is further than was pushed."""
+        agent_id, spans = str(event.get("agent_id")), (event.get("data") or {}).get("output") or {}
+        if _finished(event.get("status")):
+            self.look(agent_id)
+        late = False
         for name in STREAMS:
-            topic = f"{event.get('agent_id')}.{name}"
-            if topic in self.streams and (self.streams[topic].told(spans.get(name) or {}) or ended):
-                self._fall_behind(topic)
+            stream = self.streams.get(f"{agent_id}.{name}")
+            if stream is not None and stream.lacks(spans.get(name) or {}):
+                late = True
+                if stream.stuck:
+                    self._fall_behind(f"{agent_id}.{name}")
+        return late
 
     def read(self, calls: Calls) -> Talk[None]:
         """Read one piece of each stream that is behind."""
@@ -471,7 +482,7 @@ def _latest_of(hint: Json, agent_id: str) -> int:
     """Return the number of the newest event that a hint tells of: of one agent's, or of all."""
     if not agent_id or _is_stored(hint):
         return int(hint.get("sequence") or 0)
-    return int((hint.get("data") or {}).get("event") or 0)  # the sequence of a heartbeat is the server's
+    return int((hint.get("data") or {}).get("last_event") or 0)  # the sequence of a heartbeat is the server's
 
 
 def _is_stored(hint: Json) -> bool:

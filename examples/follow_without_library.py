@@ -152,7 +152,7 @@ def follow(link: Link, agent: str, directory: str) -> None:
     streams, events = [Stream(agent, name, directory) for name in ("stdout", "stderr")], Events(directory)
     everything: List[Union[Stream, Events]] = [*streams, events]
     while not all(stream.done for stream in streams) or link.ask(**status)["status"] not in ENDED:
-        hint = link.hint([f"{agent}.stdout", f"{agent}.stderr", "status.", "server"])
+        hint = link.hint([f"{agent}.stdout", f"{agent}.stderr", f"status.{agent}", "status.", "server"])
         for each in everything:
             each.heard(hint)
         while behind := [each for each in everything if each.behind]:

@@ -1,6 +1,6 @@
 """Fixtures: servers, clients over every link, and the check that nothing stays behind.
 
-Owns:    `state_dir`, `start_server`, `server` (fresh, one test), `link`, `client` (shared servers, one
+Owns:    `state_dir`, `start_server`, `server` (fresh, one test), `link`, `twin`, `client` (shared servers, one
          test sees an empty one), and the check at the end of the session.
 Runs in: the test process.
 Unaware: of what is being tested; see support.py for the servers themselves.
@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import pytest
 from support import LINKS, Server, assert_nothing_left, marked_processes, short_dir, wait_until, without_ssh
@@ -91,19 +91,17 @@ def shared_server(link: str, shared_servers: Callable[[str], Server]) -> Iterato
     server.clear()
 
 
-@pytest.fixture
-def client(link: str, shared_server: Server) -> Iterator[AgentClient]:
-    """An `AgentClient` over each link."""
-    from agentserver import AgentClient
-    with AgentClient(shared_server.address(link)) as client:
-        yield client
+@pytest.fixture(params=["sync", "async"])
+def twin(request: pytest.FixtureRequest) -> Any:
+    """Each of the two clients, with the methods of `AgentClient`; what they do is the same."""
+    from driven import TWINS
+    return TWINS[request.param]
 
 
 @pytest.fixture
-def local_client(server: Server) -> Iterator[AgentClient]:
-    """An `AgentClient` over the Unix socket of the fresh `server`."""
-    from agentserver import AgentClient
-    with AgentClient(server.address("unix")) as client:
+def client(twin: Any, link: str, shared_server: Server) -> Iterator[AgentClient]:
+    """Both clients, over each link."""
+    with twin(shared_server.address(link)) as client:
         yield client
 
 

@@ -43,7 +43,8 @@ class Passed:
                 except StopAsyncIteration:
                     return
         finally:
-            self._settled(items.aclose())
+            if not self._loop.is_closed():
+                self._settled(items.aclose())
 
 
 async def _await(value: Any) -> Any:
@@ -63,6 +64,7 @@ class Driven(Passed):
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+        self._settled(self._loop.shutdown_asyncgens())   # as asyncio.run does
         self._settled(self._loop.shutdown_default_executor())
         left = [task for task in asyncio.all_tasks(self._loop) if not task.done()]
         self._loop.call_soon_threadsafe(self._loop.stop)

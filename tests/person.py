@@ -83,7 +83,8 @@ class Person:
             text = self.look(0.05)
             if seen in text if isinstance(seen, str) else seen(text):
                 return text
-            assert time.monotonic() < end, f"never saw {seen!r}; on the screen:\n{text}\n(raw: {bytes(self.raw[-600:])!r})"
+            assert time.monotonic() < end, (
+                f"never saw {seen!r}; on the screen:\n{text}\n(raw: {bytes(self.raw[-600:])!r})")
 
     def end(self) -> int:
         """Return the exit code of the command; look meanwhile, or it might wait for us to."""

@@ -181,6 +181,7 @@ def test_a_full_screen_program_looks_the_same_after_attaching_again(place: Place
 def test_the_screen_is_redrawn_where_its_beginning_is_long_gone(near: Place, tmp_path: Path) -> None:
     """Then the program is made to draw it again: it gets another size for a moment."""
     ref = near.fullscreen(tmp_path / "log")
+    assert ref.info().attach_info == {"command": f"agentserver attach {ref.id}"}
     ref.write("w")
     wait_until(lambda: b"keys w" in ref.read("stdout", max(0, near_end(ref) - 100)).data)
     me = near.person("attach", ref.id)
@@ -188,6 +189,7 @@ def test_the_screen_is_redrawn_where_its_beginning_is_long_gone(near: Place, tmp
     me.type("q")
     assert me.end() == 0
     me.assert_as_before()
+    assert ref.info().attach_info is None
 
 
 def near_end(ref: Agent) -> int:
@@ -398,7 +400,8 @@ def test_what_makes_no_sense_is_refused(near: Place) -> None:
     done = near.run("attach", "--read-only", terminal.id)
     assert done.returncode == 1 and "has ended (completed)" in done.stderr
     assert near.run("attach", "--read-only", "nobody").returncode == 4
-    for args, word in ((("attach", pipe.id), "stdin is none; use --read-only"), (("run", "-t", "--", "true"), "leave -t"),
+    for args, word in ((("attach", pipe.id), "stdin is none; use --read-only"),
+                       (("run", "-t", "--", "true"), "leave -t"),
                        (("attach", "--json", "--read-only", pipe.id), "--json"),
                        (("attach", "--detach-keys", "ctrl-pp", pipe.id), "no key for detaching"),
                        (("run", "-t", "--stdin", "null", "--", "true"), "leave one of them out")):

@@ -55,14 +55,16 @@ def test_keys_pass_but_for_the_ones_that_detach(pieces: tuple[bytes, ...], passe
 
 @pytest.mark.parametrize("pieces", [
     (b"\x1b[112;5u", b"\x1b[113;5u"), (b"\x1b[112;5u\x1b[113;5u",), (b"\x10\x1b[113;5u",),
-    (b"\x1b[112;5:1u\x1b[112;5:3u\x1b[113;5:1u",), (b"\x1b[57442;5u\x1b[112;5u", b"\x1b[57442;5:3u\x1b[57442;5u", b"\x1b[113;5u"),
+    (b"\x1b[112;5:1u\x1b[112;5:3u\x1b[113;5:1u",),
+    (b"\x1b[57442;5u\x1b[112;5u", b"\x1b[57442;5:3u\x1b[57442;5u", b"\x1b[113;5u"),
     (b"\x1b[112;133u\x1b[113;133u",), (b"\x1b[112:80;5u\x1b[113::113;5;17u",), (b"\x1b[27;5;112~\x1b[27;5;113~",)])
 def test_keys_in_their_long_forms_detach(pieces: tuple[bytes, ...]) -> None:
     assert typed(*pieces)[1]
 
 
 @pytest.mark.parametrize("pieces", [
-    (b"\x1b[112;6u\x1b[113;5u",), (b"\x1b[112;5:3u\x1b[113;5:3u",), (b"\x1b[112u\x1b[113u",), (b"\x1b[112;5u\x1b[112;5:3u\x1b[114;5u",)])
+    (b"\x1b[112;6u\x1b[113;5u",), (b"\x1b[112;5:3u\x1b[113;5:3u",), (b"\x1b[112u\x1b[113u",),
+    (b"\x1b[112;5u\x1b[112;5:3u\x1b[114;5u",)])
 def test_other_keys_in_long_forms_pass(pieces: tuple[bytes, ...]) -> None:
     assert typed(*pieces) == (b"".join(pieces), False)
 
@@ -75,8 +77,8 @@ def test_single_and_many_keys() -> None:
 
 # ---------------------------------------------------------------- the state of a terminal
 
-EVERYTHING = (b"\x1b[?1049h\x1b[?1000;1002;1006h\x1b[?1004h\x1b[?2004h\x1b[?1h\x1b=\x1b[>1u\x1b[>4;2m\x1b[?25l\x1b[2 q\x1b[3;8r"
-              b"\x1b[?7l\x1b[4h\x1b(0\x1b[?2026h")
+EVERYTHING = (b"\x1b[?1049h\x1b[?1000;1002;1006h\x1b[?1004h\x1b[?2004h\x1b[?1h\x1b=\x1b[>1u\x1b[>4;2m\x1b[?25l"
+              b"\x1b[2 q\x1b[3;8r\x1b[?7l\x1b[4h\x1b(0\x1b[?2026h")
 
 
 def after(*pieces: bytes) -> Modes:
@@ -110,9 +112,11 @@ def test_a_state_is_seen_however_the_bytes_are_cut() -> None:
 
 
 @pytest.mark.parametrize("data", [
-    b"\x1b[?1049h\x1b[?1049l", b"\x1b[?1000h\x1b[?1000l\x1b[?25l\x1b[?25h", b"\x1b=\x1b>", b"\x1b[>1u\x1b[<u", b"\x1b[2 q\x1b[ q",
+    b"\x1b[?1049h\x1b[?1049l", b"\x1b[?1000h\x1b[?1000l\x1b[?25l\x1b[?25h", b"\x1b=\x1b>", b"\x1b[>1u\x1b[<u",
+    b"\x1b[2 q\x1b[ q",
     b"\x1b[>4;2m\x1b[>4m", b"\x1b[>4;1m\x1b[>4;0m", b"\x1b[1;5r\x1b[r", b"\x1b(0\x1b(B", EVERYTHING + b"\x1bc",
-    b"\x1b]9;4;3\x07\x1b]9;4;0\x07", b"\x1b[31m\x1b[2J text \x1b]0;title\x07", b"\x1b]10;?\x07", b"\x1b[?12345h", b"\x1b[?1007h"])
+    b"\x1b]9;4;3\x07\x1b]9;4;0\x07", b"\x1b[31m\x1b[2J text \x1b]0;title\x07", b"\x1b]10;?\x07", b"\x1b[?12345h",
+    b"\x1b[?1007h"])
 def test_nothing_is_undone_where_nothing_is_left(data: bytes) -> None:
     assert after(data).undo() == b"\x1b[m\x1b[?25h"
 
@@ -150,17 +154,23 @@ def test_a_hostile_program_cannot_make_the_state_large() -> None:
 # ---------------------------------------------------------------- old output
 
 @pytest.mark.parametrize("question", [
-    b"\x1b[c", b"\x1b[0c", b"\x1b[>c", b"\x1b[>0c", b"\x1b[=c", b"\x1b[5n", b"\x1b[6n", b"\x1b[?6n", b"\x1b[?996n", b"\x1b]10;?\x07",
-    b"\x1b]11;?\x1b\\", b"\x1b]4;1;?\x07", b"\x1b[?2026$p", b"\x1b[4$p", b"\x1bP$qm\x1b\\", b"\x1b[>q", b"\x1b[>0q", b"\x1b[?u",
-    b"\x1bP+q544e\x1b\\", b"\x1b[18t", b"\x1b[14t", b"\x1b[22;0;0t", b"\x05", b"\x1bZ", b"\x1b[?1;1;0S", b"\x1b[x", b"\x07",
-    b"\x1b]52;c;aGVsbG8=\x07", b"\x1b]9;ready\x07", b"\x1b]777;notify;a;b\x07", b"\x1b[5i", b"\x1b_Gi=31,a=q;AAAA\x1b\\", b"\x1b[3J"])
+    b"\x1b[c", b"\x1b[0c", b"\x1b[>c", b"\x1b[>0c", b"\x1b[=c", b"\x1b[5n", b"\x1b[6n", b"\x1b[?6n", b"\x1b[?996n",
+    b"\x1b]10;?\x07",
+    b"\x1b]11;?\x1b\\", b"\x1b]4;1;?\x07", b"\x1b[?2026$p", b"\x1b[4$p", b"\x1bP$qm\x1b\\", b"\x1b[>q", b"\x1b[>0q",
+    b"\x1b[?u",
+    b"\x1bP+q544e\x1b\\", b"\x1b[18t", b"\x1b[14t", b"\x1b[22;0;0t", b"\x05", b"\x1bZ", b"\x1b[?1;1;0S", b"\x1b[x",
+    b"\x07",
+    b"\x1b]52;c;aGVsbG8=\x07", b"\x1b]9;ready\x07", b"\x1b]777;notify;a;b\x07", b"\x1b[5i",
+    b"\x1b_Gi=31,a=q;AAAA\x1b\\", b"\x1b[3J"])
 def test_what_asks_or_acts_is_left_out(question: bytes) -> None:
     assert quiet(b"before" + question + b"after") == b"beforeafter"
 
 
 @pytest.mark.parametrize("harmless", [
-    b"\x1b[31m", b"\x1b[4:3m", b"\x1b[2J\x1b[H", b"\x1b[10;20r", b"\x1b[3S", b"\x1b[?25l", b"\x1b[>1u", b"\x1b[<u", b"\x1b[>4;2m", b"\x1b[2 q",
-    b"\x1b]0;title\x07", b"\x1b]8;;http://x?y\x1b\\link\x1b]8;;\x1b\\", b"\x1b(0qqq\x1b(B", b"\x1b7\x1b8", b"\x1bM", b"\x1b[5@", b"\x1b[!p", b"\x1bc",
+    b"\x1b[31m", b"\x1b[4:3m", b"\x1b[2J\x1b[H", b"\x1b[10;20r", b"\x1b[3S", b"\x1b[?25l", b"\x1b[>1u", b"\x1b[<u",
+    b"\x1b[>4;2m", b"\x1b[2 q",
+    b"\x1b]0;title\x07", b"\x1b]8;;http://x?y\x1b\\link\x1b]8;;\x1b\\", b"\x1b(0qqq\x1b(B", b"\x1b7\x1b8", b"\x1bM",
+    b"\x1b[5@", b"\x1b[!p", b"\x1bc",
     b"\x1bPq#0;2;0;0;0~~\x1b\\", "größe 日本".encode(), b"\xff\xfe", b"\x1b[u", b"\x1b[s", b"a\tb\r\n"])
 def test_what_only_shows_is_kept(harmless: bytes) -> None:
     assert quiet(b"before" + harmless + b"after") == b"before" + harmless + b"after"

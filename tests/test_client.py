@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import pytest
-from driven import TWINS, Driven
+from driven import Driven
 from fakecore import Connection, FakeCore
 from support import MAIN, wait_until
 
-from agentserver import AgentClient, OutputDropped, address, follow
+from agentserver import AgentClient, EventsDropped, OutputDropped, address, follow
 from agentserver.core.link import LineLink, NotThere, socket_path
 from agentserver.errors import LinkError, RequestError, RequestTimeout
 from agentserver.wire import encode, wire_text
@@ -36,6 +36,8 @@ class Story:
     def __init__(self) -> None:
         self.output = {"stdout": b"", "stderr": b""}
         self.first = 0               # bytes before are no longer kept
+        self.half = 0                # bytes at the end that are no whole character
+        self.first_kept = 1          # events before are no longer kept
         self.status = "running"
         self.beat_secs = 10.0        # how often it says that its heart beats
         self.events: List[Json] = []
@@ -86,10 +88,11 @@ class Story:
 
     def events_request(self, message: Json, connection: Connection) -> Json:
         found = [event for event in self.events if event["sequence"] > message["since"]
+                 and event["sequence"] >= self.first_kept
                  and message.get("agent_id") in (None, event["agent_id"])]
         page = found[:min(message["limit"], 2)]
         return {"events": page, "next": page[-1]["sequence"] if page else min(message["since"], len(self.events)),
-                "first_kept": 1, "more": len(found) > len(page)}
+                "first_kept": self.first_kept, "more": len(found) > len(page)}
 
     # ------------------------------------------------------------ telling
 
@@ -111,6 +114,13 @@ class Story:
         self.push({"type": "log_stream", "topic": f"{ID}.{stream}", "agent_id": ID, "stream_type": stream, "data": text,
                    "encoding": encoding, "offset": begin, "next_offset": end, "sequence": len(self.events),
                    "eof": self.ended and end == len(self.output[stream])})
+
+    def beat(self) -> None:
+        self.push({"type": "status_update", "topic": f"status.{ID}", "agent_id": ID, "status": self.status,
+                   "update_type": "heartbeat", "sequence": len(self.events),
+                   "data": {"last_event": len(self.events), "output": {
+                       stream: {"first_offset": self.first, "end_offset": len(data) + self.half}
+                       for stream, data in self.output.items()}}})
 
     def happen(self, status: str, push: bool = True) -> None:
         self.status = status
@@ -140,12 +150,6 @@ def story() -> Story:
 def core(state_dir: Path, story: Story) -> Iterator[FakeCore]:
     with FakeCore(socket_path(str(state_dir)), story.handle) as core:
         yield core
-
-
-@pytest.fixture(params=TWINS)
-def twin(request: pytest.FixtureRequest) -> Any:
-    """Each of the two clients; what they do is the same."""
-    return TWINS[request.param]
 
 
 @pytest.fixture(params=["unix:", "ssh://localhost"])
@@ -459,6 +463,45 @@ def test_a_follower_can_be_bounded_in_time(caller: AgentClient) -> None:
         list(caller.follow("worker", timeout=0.05))
 
 
+def test_a_heartbeat_tells_of_lost_output(caller: AgentClient, story: Story) -> None:
+    """The last of it too, that no later message shows to be missing."""
+    follower = Both(caller)
+    wait_until(lambda: len(story.reads()) == 2)
+    story.write(b"lost", push=False)
+    story.write(b"lost too", "stderr", push=False)
+    story.beat()
+    wait_until(lambda: follower.got == story.output)
+    story.end()
+    follower.finished()
+
+
+def test_a_follower_asks_nothing_while_hearts_beat(caller: AgentClient, story: Story) -> None:
+    """Nor when an agent has written half a character, which is not told before its other half."""
+    story.beat_secs = 0.1
+    follower = Both(caller)
+    wait_until(lambda: len(story.reads()) == 2)
+    story.half = 1
+    asked, beats = [2], [0]
+
+    def quiet() -> bool:
+        story.beat()
+        beats[0] = beats[0] + 1 if len(story.asked) == asked[0] else 0
+        asked[0] = len(story.asked)
+        return len(story.reads()) > 2 and beats[0] > 30   # more than three times as long as it would wait for one
+    wait_until(quiet)
+    story.half = 0
+    story.end()
+    follower.finished()
+
+
+def test_when_even_heartbeats_stay_away_the_truth_is_asked(caller: AgentClient, story: Story, hasty: None) -> None:
+    follower = Both(caller)
+    wait_until(lambda: len(story.reads()) > 4, what="looks without having been told")
+    wait_until(lambda: len(story.listeners) > 1, what="listening anew: the connection may be dead")
+    story.end(push=False)
+    follower.finished()
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_is_lost_or_repeated_each_byte_comes_once(
         caller: AgentClient, core: FakeCore, story: Story, hasty: None, seed: int) -> None:
@@ -578,6 +621,35 @@ def test_a_server_heartbeat_tells_of_a_lost_event(caller: AgentClient, story: St
     story.happen("paused", push=False)
     story.push({"type": "server_update", "topic": "server", "state": "up", "sequence": 2})
     assert next(events) == story.events[1]
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_a_heartbeat_of_an_agent_tells_of_a_lost_event(caller: AgentClient, story: Story) -> None:
+    story.happen("running")
+    events = caller.follow_events(since=0, agent="worker")
+    assert next(events)["sequence"] == 1
+    story.happen("paused", push=False)
+    story.beat()
+    assert next(events) == story.events[1]
+    events.close()  # type: ignore[attr-defined]
+
+
+def test_one_gap_stands_in_the_place_of_events_that_are_gone(caller: AgentClient, story: Story) -> None:
+    for status in itertools.islice(itertools.cycle(["running", "paused"]), 7):
+        story.happen(status)
+    story.first_kept = 5
+    events = caller.follow_events(since=2)
+    gap = next(events)
+    assert isinstance(gap, EventsDropped) and (gap.from_sequence, gap.to_sequence) == (3, 4)
+    assert gap["type"] == "events_dropped" and gap["sequence"] == 4
+    assert [next(events)["sequence"] for _ in range(3)] == [5, 6, 7]
+    story.happen("running", push=False)       # missed, and gone before it was asked for
+    story.happen("paused", push=False)
+    story.first_kept = 9
+    story.push({"type": "server_update", "topic": "server", "state": "up", "sequence": 9})
+    gap = next(events)
+    assert isinstance(gap, EventsDropped) and (gap.from_sequence, gap.to_sequence) == (8, 8)
+    assert next(events)["sequence"] == 9
     events.close()  # type: ignore[attr-defined]
 
 

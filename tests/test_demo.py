@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Callable
 
+import pytest
 from support import DEADLINE_SECS, ROOT, Server, assert_nothing_left, clean_environ, scratch
 
 EXAMPLES = ROOT / "examples"
@@ -53,6 +54,16 @@ def test_batch(server: Server, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["paused:  2", "resumed: 2", f"{tmp_path}/three: completed, 3 words",
                                         f"{tmp_path}/none: completed, 0 words"]
+
+
+@pytest.mark.parametrize("link", ["unix", "tcp"])
+def test_async_client(server: Server, link: str) -> None:
+    done = run(server.state_dir, "async_client.py", "--server", server.address(link), "ada", "grace", "edsger")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[-1] == "3 of 3 ended well"
+    for name in ("ada", "grace", "edsger"):
+        assert lines.index(f"{name} | who are you?") < lines.index(f"{name} | good day, {name}")
 
 
 def test_watch_status(start_server: Callable[..., Server]) -> None:

@@ -14,6 +14,7 @@ from typing import Callable, Iterator
 import pytest
 from support import AGENTS, MAIN, Server, agent, wait_until
 from test_faults import back
+from test_terminals import at_terminal, keys, next_told, told
 from wire import Json, LineWire, new_id
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")
@@ -109,7 +110,7 @@ def test_an_end(mortal: Mortal, name: str, moment: str) -> None:
 def test_a_signal(mortal: Mortal, moment: str) -> None:
     """Nobody can know whether it was sent, and nobody says so; it is not sent a second time."""
     with LineWire(mortal.server.socket_path) as wire:
-        running = wire.spawn("catcher", 9, 0)
+        running = wire.spawn("catcher", 9, 0, grace_secs=0.1)
         wait_until(lambda: says(wire, running, b"ready"), what="its handlers")
     reply = mortal.twice(command(running, "signal", signal="SIGUSR1"), moment + " kill")
     assert reply["error_code"] == "unavailable" and "not known" in reply["error"]
@@ -132,3 +133,37 @@ def test_a_restart_that_is_refused_can_be_asked_for_again(mortal: Mortal, tmp_pa
     assert mortal.server.ask(request)["error_code"] == "spawn_failed"
     (tmp_path / "away").rename(program)
     assert mortal.server.ask(request)["data"] == {"attempt": 3}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_spawn_with_a_terminal(mortal: Mortal, moment: str) -> None:
+    """One process, on one terminal, of the right size, whether it had begun or not."""
+    reply = mortal.twice({"type": "spawn_request", "request_id": new_id(), "config": {
+        "command": agent("at_terminal"), "pty": {"rows": 7, "cols": 33}}}, moment + " posix_spawn")
+    ref = reply["agent_info"]["id"]
+    with LineWire(mortal.server.socket_path) as wire:
+        found = next_told(wire, ref, 1)
+        assert found["size"] == [7, 33] and found["session"] and found["foreground"] and found["fds"] == [0, 1, 2]
+        assert wire.info(ref)["attempt"] == 1 and [each["id"] for each in wire.agents(all=True)] == [ref]
+        keys(wire, ref, "typed\n")
+        assert next_told(wire, ref, 2) == {"read": "typed\n"}
+        wire.control(ref, "resize", rows=8, cols=33)
+        assert next_told(wire, ref, 3) == {"size": [8, 33]}
+        wire.control(ref, "close_stdin")
+        wire.ended(ref)
+        assert [line.get("ready") for line in told(wire, ref)] == [True, None, None, None]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_is_typed_at_a_terminal(mortal: Mortal, moment: str) -> None:
+    with LineWire(mortal.server.socket_path) as wire:
+        ref = at_terminal(wire)
+    for request, heard in (("write_stdin", {"read": "typed\n"}), ("close_stdin", {"eof": 1})):
+        payload = {"data": "typed\n"} if request == "write_stdin" else {}
+        assert mortal.twice({"type": "control_command", "request_id": new_id(), "agent_id": ref,
+                             "command_type": request, "payload": payload}, moment + " sendfile")["success"]
+        with LineWire(mortal.server.socket_path) as wire:
+            assert next_told(wire, ref, 2 + (request == "close_stdin")) == heard
+    with LineWire(mortal.server.socket_path) as wire:
+        wire.ended(ref)
+        assert len(told(wire, ref)) == 3

@@ -14,6 +14,7 @@ import pytest
 import zmq
 from support import DEADLINE_SECS, Server, wait_until
 from wire import LineWire, data_of
+from zmtp import RawSubscriber
 
 
 class Subscriber:
@@ -94,7 +95,8 @@ def test_heartbeats_say_where_the_streams_stand(start_server: Callable[..., Serv
         sub = Subscriber(server.pub_endpoint, f"status.{sleeper}")
         try:
             beat = sub.next(lambda e: e["update_type"] == "heartbeat")
-            assert beat["data"] == {"output": wire.info(sleeper)["output"]}
+            newest = wire.ok("events_request", agent_id=sleeper)["events"][-1]["sequence"]
+            assert beat["data"] == {"output": wire.info(sleeper)["output"], "last_event": newest}
         finally:
             sub.close()
 
@@ -182,3 +184,148 @@ def test_many_subscribers_come_and_go(unix: LineWire, subscribe: Callable[..., S
         assert data_of(sub.next(lambda e: bool(e["data"]))) == b"round %d\n" % n
         if n % 2:
             sub.socket.unsubscribe(f"{told}.stdout".encode())
+
+
+def test_every_join_that_names_something_is_answered(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    sleeper = unix.spawn("sleeper", "hello")
+    unix.until_output(sleeper, b"hello\n")
+    ended = unix.spawn("exit_with", 3)
+    unix.ended(ended)
+    for _ in range(2):
+        sub = subscribe(f"{sleeper}.")
+        assert {(e["topic"], e["offset"], e["eof"]) for e in (sub.next(), sub.next())} == {
+            (f"{sleeper}.stdout", 12, False), (f"{sleeper}.stderr", 0, False)}
+        for ref, status in ((sleeper, "running"), (ended, "failed")):
+            told = subscribe(f"status.{ref}").next()
+            assert told["update_type"] == "heartbeat" and told["status"] == status
+            newest = unix.ok("events_request", agent_id=ref)["events"][-1]["sequence"]
+            assert told["data"] == {"output": unix.info(ref)["output"], "last_event": newest}
+            assert told["sequence"] == unix.ok("events_request", since=2 ** 62)["next"]
+        assert subscribe("").next(lambda e: e["type"] == "server_update")["update_type"] == "heartbeat"
+        at_end = subscribe(f"{ended}.stdout").next()
+        assert (at_end["offset"], at_end["eof"]) == (6, True)
+
+
+def test_an_ended_agent_beats_on_for_who_asked_for_it(start_server: Callable[..., Server]) -> None:
+    """So that whoever lost the message of its end learns of it without asking."""
+    server = start_server("--status-update-interval-secs", "0.1")
+    with LineWire(server.socket_path) as wire:
+        ended = wire.spawn("exit_with", 0)
+        wire.ended(ended)
+        other = wire.spawn("exit_with", 0)
+        wire.ended(other)
+        sub = Subscriber(server.pub_endpoint, f"status.{ended}")
+        all_of_them = Subscriber(server.pub_endpoint, "status.")
+        try:
+            beats = [sub.next() for _ in range(3)]
+            assert {(e["agent_id"], e["status"]) for e in beats} == {(ended, "completed")}
+            assert beats[-1]["update_type"] == "heartbeat"
+            assert beats[-1]["data"]["output"]["stdout"]["end_offset"] == 6
+            assert all_of_them.next()["agent_id"] == ended, "the other one was not asked for by name"
+        finally:
+            sub.close()
+            all_of_them.close()
+
+
+def test_what_nobody_subscribed_to_is_not_produced(unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    def pushed() -> int:
+        return int(unix.ok("stats_request")["stats"]["messages_pushed"])
+    told = unix.spawn("print_when")
+    listened = unix.spawn("print_when")
+    sub = subscribe(f"{listened}.stdout")
+    sub.next()
+    before = pushed()
+    unix.ended(unix.spawn("burst", 1_000_000, 1_000_000, ready=False))
+    unix.control(told, "write_stdin", data="out nobody listens\n")
+    unix.until_output(told, b"listens\n")
+    unix.control(told, "pause")
+    assert pushed() == before
+    unix.control(listened, "write_stdin", data="out somebody does\n")
+    assert data_of(sub.next()) == b"somebody does\n" and pushed() == before + 1
+    sub.socket.unsubscribe(f"{listened}.stdout".encode())
+
+    def is_over() -> bool:
+        at, end = pushed(), unix.info(listened)["output"]["stdout"]["end_offset"]
+        unix.control(listened, "write_stdin", data="out now nobody does\n")
+        wait_until(lambda: unix.info(listened)["output"]["stdout"]["end_offset"] > end)
+        return pushed() == at
+    wait_until(is_over, what="the end of the subscription to arrive")
+
+
+# ---------------------------------------------------------------- who does not read
+
+def offsets(events: list[dict], start: int) -> bool:  # type: ignore[type-arg]
+    """Tell whether pushed messages follow each other from `start` on without a gap."""
+    for event in events:
+        if event["offset"] != start:
+            return False
+        start = event["next_offset"]
+    return True
+
+
+def test_a_high_water_mark_of_one(start_server: Callable[..., Server]) -> None:
+    """Nearly everything is dropped; what is there shows the gap, the next heartbeat shows the end."""
+    server = start_server("--pub-hwm", "1", "--status-update-interval-secs", "0.2")
+    with LineWire(server.socket_path) as wire:
+        burst = wire.spawn("", ready=False, command=["/bin/sh", "-c", "read x; head -c 10000000 /dev/zero; sleep 1000"])
+        sub = RawSubscriber(server.pub_endpoint, f"{burst}.stdout".encode(), f"status.{burst}".encode())
+        try:
+            sub.frame(), sub.frame()
+            wire.control(burst, "write_stdin", data="go\n")
+            wait_until(lambda: wire.info(burst)["output"]["stdout"]["end_offset"] == 10_000_000)
+            end, seen = 0, 0
+            while end < 10_000_000:
+                sub.frame()
+                event = json.loads(sub.frame())
+                end = event["next_offset"] if event["type"] == "log_stream" else \
+                    event["data"]["output"]["stdout"]["end_offset"]
+                seen += event["type"] == "log_stream"
+            assert seen < 10_000_000 // 32768, "some were dropped"
+            chunk = wire.read(burst, offset=9_999_990)
+            assert chunk["bytes"] == 10
+        finally:
+            sub.close()
+
+
+def test_a_slow_subscriber_slows_nobody(shared: Server, unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
+    told = unix.spawn("", command=["/bin/sh", "-c", "echo ready; read x; seq 1 300000; sleep 1000"])
+    topic = f"{told}.stdout"
+    asleep = RawSubscriber(shared.pub_endpoint, topic.encode())
+    try:
+        asleep.frame()
+        sub = subscribe()
+        sub.socket.rcvhwm = 100_000
+        sub.socket.subscribe(topic.encode())
+        sub.next()
+        unix.control(told, "write_stdin", data="go\n")
+        events = [sub.next()]
+        whole = 6 + sum(len(f"{n}\n") for n in range(1, 300_001))
+        while events[-1]["next_offset"] < whole:
+            events.append(sub.next())
+        assert offsets(events, 6), "who reads misses nothing"
+        assert max(len(data_of(event)) for event in events) <= 32 * 1024
+    finally:
+        asleep.close()
+
+
+def test_dead_subscribers_cost_a_bounded_amount(start_server: Callable[..., Server]) -> None:
+    """Each joins when the one before is full, so that no two hold the same messages."""
+    server = start_server("--pub-hwm", "20")
+    asleep = []
+    with LineWire(server.socket_path) as wire:
+        before = wire.ok("stats_request")["stats"]["shell"]["rss_bytes"]
+        try:
+            for _ in range(20):
+                burst = wire.spawn("", ready=False, command=["/bin/sh", "-c", "read x; head -c 5000000 /dev/zero"])
+                for _ in range(3):
+                    asleep.append(RawSubscriber(server.pub_endpoint, burst.encode()))
+                    asleep[-1].frame()
+                wire.control(burst, "write_stdin", data="go\n")
+                wire.ended(burst)
+            stats = wire.ok("stats_request")["stats"]
+            # 20 groups of subscribers, 20 messages each, of 32 KiB of zeros that are six times as long in JSON
+            assert stats["shell"]["rss_bytes"] - before < 20 * 20 * 6 * 32768 + (30 << 20)
+            assert stats["core"]["rss_bytes"] < 100 << 20
+        finally:
+            for each in asleep:
+                each.close()

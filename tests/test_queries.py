@@ -268,6 +268,14 @@ def test_other_hostile_patterns(unix: LineWire, tmp_path: Path, pattern: str) ->
     assert got["success"] or got["error_code"] in ("pattern_too_slow", "bad_request"), got
 
 
+def test_a_pattern_that_takes_memory_without_end(slow: Server, tmp_path: Path) -> None:
+    with LineWire(slow.socket_path) as wire:
+        ref = written(wire, tmp_path, b"a" * 60_000_000 + b"\nshort\n")
+        greedy = {"agent_id": ref, "stream": "stdout", "filter": "(a|b)*[cd]"}
+        assert "needs more memory" in wire.refused("bad_request", "output_query_request", **greedy)
+        assert find(wire, ref, filter="short")[1] == 1
+
+
 def test_others_are_served_meanwhile(hostile: tuple[Server, LineWire, str]) -> None:
     server, wire, ref = hostile
     searching = asking(wire, ref, filter=HOSTILE)
@@ -383,7 +391,8 @@ def test_a_connection_handles_no_more_while_many_replies_are_made(hostile: tuple
         for _ in range(8):
             asking(other, ref, filter="a")
         other.send(b'{"type": "health_check_request", "request_id": "last"}')
-        assert wire.ok("health_check_request")["healthy"]
+        for _ in range(10):
+            assert wire.ok("health_check_request")["healthy"]
         assert not readable(other)
         os.kill(pid, signal.SIGKILL)
         types = sorted(reply(other)["type"] for _ in range(9))
@@ -405,12 +414,14 @@ def test_replies_to_one_who_has_said_all(unix: LineWire, shared: Server, tmp_pat
 
 def test_who_asked_is_gone(hostile: tuple[Server, LineWire, str]) -> None:
     server, wire, ref = hostile
+    before = wire.ok("stats_request")["stats"]["errors"]
     with LineWire(server.socket_path) as gone:
         asking(gone, ref, filter=HOSTILE)
         asking(gone, ref, filter=HOSTILE)  # this one waits
         at_work(server)
     none_left(server)
     assert find(wire, ref, filter="a{3}")[1] == 1, "its place is free"
+    assert wire.ok("stats_request")["stats"]["errors"] == before, "no pattern was at work until its time was over"
 
 
 def test_a_search_that_is_killed(hostile: tuple[Server, LineWire, str]) -> None:
@@ -449,8 +460,10 @@ def test_no_search_outlives_its_core(hostile: tuple[Server, LineWire, str]) -> N
     asking(wire, ref, filter=HOSTILE)
     pid, = at_work(server)
     os.kill(server.pids()["core"], signal.SIGKILL)
-    wait_until(lambda: process_state(pid) == "", what="the search to end and be reaped")
-    with LineWire(wait_until(lambda: server.socket_path if answers(server) else None)) as again:
+    wait_until(lambda: answers(server), what="the next core")
+    assert process_state(pid) in "Z", "it did not wait for its timer"
+    wait_until(lambda: process_state(pid) == "", what="the search to be reaped")
+    with LineWire(server.socket_path) as again:
         again.control(adopted, "stop")
         assert again.exit(adopted)["leaked"] == []
         assert find(again, ref, "stderr")[1] == 1
@@ -494,29 +507,33 @@ def test_the_client_asks_again_and_gets_its_answer(start_server: Callable[..., S
     none_left(server)
 
 
-def test_a_search_over_the_network_is_done_once(server: Server, tmp_path: Path) -> None:
+def test_a_search_over_the_network_is_done_once(start_server: Callable[..., Server], tmp_path: Path) -> None:
     """The client asks again when a shell may have died with its request, but gives a search its time."""
+    server = start_server("--pattern-timeout-secs", "1")
     with AgentClient(server.endpoint) as client, LineWire(server.socket_path) as wire:
-        ref = written(wire, tmp_path, b"x\n" * 3_000_000)
-        before = wire.ok("stats_request")["stats"]["requests"]
-        assert client.query(ref, offset=2_999_999).lines == ["x"]
-        assert wire.ok("stats_request")["stats"]["requests"] == before + 2
+        ref = written(wire, tmp_path, b"a" * 5000 + b"!\n")
+        before = wire.ok("stats_request")["stats"]["errors"]
+        with pytest.raises(RequestError) as refused:
+            client.query(ref, HOSTILE)
+        assert refused.value.code == "pattern_too_slow"
+        assert wire.ok("stats_request")["stats"]["errors"] == before + 1
 
 
 def test_a_search_is_not_taken_for_an_agent_s(hostile: tuple[Server, LineWire, str]) -> None:
     """Neither when an agent ends whose stray it could be, nor as somebody's descendant."""
     server, wire, ref = hostile
     with LineWire(server.socket_path) as other:
-        younger = other.spawn("sleeper", grace_secs=1)
+        # with somebody left behind when it ends, so that it is looked who is there
+        leaving = ["/bin/sh", "-c", "setsid sleep 1000 & echo $!; read x"]
+        younger = other.spawn("sleeper", ready=False, command=leaving)
+        left = int(other.lines(younger, 1)[0])
         searching = asking(wire, ref, filter=HOSTILE)
         pid, = at_work(server)
-        for name in ("pause", "resume", "stop"):
+        for name in ("pause", "resume"):
             other.control(younger, name)
             assert not [p for p in other.control(younger, "inspect")["tree"] if p["pid"] == pid]
-        assert other.exit(younger)["leaked"] == []
-        late = other.spawn("sleeper", grace_secs=1)
-        other.control(late, "kill")
-        assert other.exit(late)["leaked"] == [] and process_state(pid) == "R"
+        other.control(younger, "close_stdin")
+        assert [p["pid"] for p in other.exit(younger)["leaked"]] == [left] and process_state(pid) == "R"
     os.kill(pid, signal.SIGALRM)
     assert reply(wire)["request_id"] == searching
 

@@ -6,16 +6,19 @@ Unaware: of processes, timers that end one, and requests (test_queries.py).
 """
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import re
+import signal
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import pytest
 
-from agentserver.core import query
+from agentserver.core import output, query
 from agentserver.core.literals import literals
 from agentserver.core.output import OutputLog
 from agentserver.errors import RequestError
@@ -98,7 +101,6 @@ def ask(log: OutputLog, stream: str, **what: Any) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def no_alarm() -> Any:
     """Whatever a test does to the timer of this process, it does not outlive the test."""
-    import signal
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -164,14 +166,13 @@ def test_segments_that_go_while_they_are_listed_or_read(tmp_path: Path, monkeypa
     stream = query.Stream(reading, "stdout", reading.span("stdout"))
     got = [line for block in stream.blocks(False) for line in block.text().splitlines()]
     assert got[-1] == "line 0999" and got[1:] == [f"line {n:04d}" for n in range(1001 - len(got), 1000)]
-    import os
-    real = os.scandir
-    gone = sorted(tmp_path.glob("stdout.*"))[0]
+    real, gone = os.scandir, sorted(tmp_path.glob("stdout.*"))[0]
 
     def vanishing(directory: str) -> Any:
-        entries = real(directory)
-        gone.unlink(missing_ok=True)
-        return entries
+        with real(directory) as entries:
+            listed = list(entries)
+        gone.unlink()
+        return contextlib.nullcontext(listed)
     monkeypatch.setattr(os, "scandir", vanishing)
     assert OutputLog(str(tmp_path), 0).span("stdout")[1] == 10_000
 
@@ -185,19 +186,19 @@ def test_what_is_written_meanwhile_is_not_part_of_it(tmp_path: Path) -> None:
 
 
 def test_the_index_is_read_after_the_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written in the moment between, with the index already seen, would have no times."""
-    agent = Agent(tmp_path, random.Random(SEED))
-    agent.write("stderr", b"0\n")
+    """A directory is not listed in one moment: what is written between is unknown to an index that was seen first."""
+    agent, real = Agent(tmp_path, random.Random(SEED)), output._numbered_files
+    agent.write("stdout", b"ready\n")
+    agent.write("stderr", b"oh\n")
 
-    def writing(directory: str, cap: int) -> OutputLog:
-        agent.write("stdout", b"%d\n" % len(agent.lines("stdout")))
-        log = OutputLog(directory, cap)
-        for number in range(3):
-            agent.write("stderr", b"err %d\n" % number)
-            agent.write("stdout", b"out %d\n" % number)
-        return log
-    monkeypatch.setattr(query, "OutputLog", writing)
-    assert ask(agent.log, "both")["lines"] == ["0", "0"]
+    def listed(directory: str) -> Iterator[Any]:
+        yield from [entry for entry in real(directory) if entry[0] == "index"]
+        for number in range(10):
+            agent.write("stderr", b"%d\n" % (2 * number))
+            agent.write("stdout", b"%d\n" % (2 * number + 1))
+        yield from [entry for entry in real(directory) if entry[0] != "index"]
+    monkeypatch.setattr(output, "_numbered_files", listed)
+    assert ask(agent.log, "both")["lines"] == ["ready", "oh", *map(str, range(20))]
 
 
 def test_the_order_holds_for_what_is_not_in_the_index_yet(tmp_path: Path) -> None:
@@ -287,6 +288,7 @@ def test_words_that_a_pattern_needs(pattern: str, words: set[str], fold: bool) -
     """Should Python's parser change, this tells that searches have become slower; they would still be right."""
     found = literals(pattern)
     assert (set(found.words), found.fold) == (words, fold)
+    assert found.exact == (pattern in ("error", "error|warning", "(?i)Panic"))
 
 
 def random_pattern(rng: random.Random, depth: int = 3) -> str:
@@ -310,10 +312,12 @@ def test_no_match_lacks_its_words() -> None:
             search = re.compile(pattern).search
         except re.error:
             continue
-        words, fold = literals(pattern)
+        words, fold, exact = literals(pattern)
         held += bool(words)
         for _ in range(8):
             text = "".join(rng.choices("abAB kKéſK", k=rng.randrange(8)))
-            if words and search(text) and (not fold or text.isascii()):
-                assert any(word in (text.lower() if fold else text) for word in words), (pattern, text, words)
+            there = any(word in (text.lower() if fold else text) for word in words)
+            if words and (not fold or text.isascii()):
+                assert there or not search(text), (pattern, text, words)
+                assert not exact or bool(search(text)) == there, (pattern, text, words)
     assert held > 500

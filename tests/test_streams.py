@@ -365,6 +365,45 @@ def test_a_subscriber_that_does_not_read_costs_little(shared: Server, unix: Line
         assert unix.ok("health_check_request")["healthy"]
 
 
+def test_a_sleeper_that_listens_alone_misses_nothing(start_server: Callable[..., Server]) -> None:
+    """What it does not take waits in the file, not in memory."""
+    server = start_server("--backlog-bytes", "65536")
+    with LineWire(server.socket_path) as wire, LineWire(server.socket_path) as asleep:
+        burst = wire.spawn("", ready=False, command=["/bin/sh", "-c", "read x; seq 1 1000000"])
+        asleep.subscribe(f"{burst}.stdout")
+        assert asleep.event()["offset"] == 0
+        wire.control(burst, "write_stdin", data="go\n")
+        wire.ended(burst)
+        events = [asleep.event()]
+        while not events[-1]["eof"]:
+            events.append(asleep.event())
+            assert events[-1]["offset"] == events[-2]["next_offset"], "no gap"
+        assert b"".join(map(data_of, events)) == wire.output(burst) == b"".join(b"%d\n" % n for n in range(1, 1000001))
+        assert wire.ok("stats_request")["stats"]["messages_dropped"] == 0
+
+
+def test_a_sleeper_is_told_what_it_missed_when_it_reads_again(start_server: Callable[..., Server]) -> None:
+    """Others read the same stream, so it is not waited for; a word at the end tells it of the gap, not a timer."""
+    server = start_server("--backlog-bytes", "65536", "--status-update-interval-secs", "3600")
+    with LineWire(server.socket_path) as wire, LineWire(server.socket_path) as asleep:
+        burst = wire.spawn("", ready=False, command=["/bin/sh", "-c", "read x; seq 1 300000; echo oh >&2"])
+        asleep.subscribe(f"{burst}.", f"status.{burst}", "server")
+        with LineWire(server.socket_path) as awake:
+            awake.subscribe(f"{burst}.stdout")
+            wire.control(burst, "write_stdin", data="go\n")
+            while not awake.event()["eof"]:
+                pass
+        wire.ended(burst)
+        assert wire.ok("stats_request")["stats"]["messages_dropped"] > 0
+        latest = wire.ok("events_request", since=2 ** 62)["next"]
+        ends = {name: span["end_offset"] for name, span in wire.info(burst)["output"].items()}
+        seen: set[object] = set()
+        while not {("stdout", ends["stdout"], True), ("stderr", ends["stderr"], True), latest} <= seen:
+            event = asleep.event()
+            seen.add((event["stream_type"], event["next_offset"], event["eof"]) if event["type"] == "log_stream"
+                     else event["sequence"])
+
+
 def test_topics_are_prefixes_and_replace_the_ones_before(unix: LineWire) -> None:
     one, two = unix.spawn("print_when"), unix.spawn("print_when")
     unix.subscribe(f"{one}.")

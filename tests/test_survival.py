@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Callable
 
@@ -209,6 +211,31 @@ def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Call
             for pid in all_of_it[1:]:
                 os.waitpid(pid, 0)
     server.process.stdout.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("millis", [0, 20, 60])
+def test_an_agent_that_ends_during_a_reload_takes_nobody_along(server: Server, millis: int) -> None:
+    """Since a death of the core the keeper has what agents leave, among its own children. The next core is one, too."""
+    with LineWire(server.socket_path) as wire:
+        last = wire.spawn("echo")
+    kill_core(server)
+    generation = server.ask({"type": "health_check_request"})["metadata"]["generation"]
+    with LineWire(server.socket_path) as wire:
+        wire.ok("reload_request")
+        time.sleep(millis / 1000)  # not to wait for anything: the end is to come at different moments
+        wire.send(json.dumps({"type": "control_command", "request_id": new_id(), "agent_id": last,
+                              "command_type": "close_stdin"}).encode())
+
+    def over() -> dict[str, str]:
+        try:
+            told: dict[str, str] = server.ask({"type": "health_check_request"})["metadata"]
+        except (OSError, ValueError):
+            return {}
+        return told if told["reload_failed"] or told["generation"] != generation else {}
+    assert wait_until(over, what="the reload")["reload_failed"] == ""
+    with LineWire(server.socket_path) as wire:
+        wire.ask("control_command", agent_id=last, command_type="close_stdin")
+        assert wire.exit(last)["code"] == 0
 
 
 def test_reload_keeps_the_keeper_and_renews_the_rest(server: Server) -> None:

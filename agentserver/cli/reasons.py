@@ -177,5 +177,6 @@ def _output(info: AgentInfo) -> list[str]:
              if span.end_offset]
     told = [f"It has written {' and '.join(wrote)}." if wrote else "It has written nothing yet."]
     if info.stdin in ("pipe", "pty") and not info.finished:
-        told.append(f"Its stdin is a {'pipe' if info.stdin == 'pipe' else 'terminal'}: `send` writes to it.")
+        told.append("Its stdin is a pipe: `send` writes to it." if info.stdin == "pipe" else
+                    "It runs on a terminal: `attach` shows it, `send` types on it.")
     return told

@@ -43,9 +43,21 @@ def picture(agent: Agent, first: int, end: int) -> Picture:
     modes = Modes()
     if first == 0 < begin:
         modes.feed(agent.read("stdout", 0, min(begin, HEAD)).data)
-    chunk = agent.read("stdout", begin, max(end - begin, 1))
-    drawn, exact = draw(chunk.data, modes, chunk.offset > 0)
-    return Picture(drawn, modes, chunk.next_offset, modes.alternate or not exact)
+    data, cut = _read(agent, begin, end)
+    drawn, exact = draw(data, modes, begin > 0 or cut)
+    return Picture(drawn, modes, max(begin, end), modes.alternate or not exact)
+
+
+def _read(agent: Agent, begin: int, end: int) -> Tuple[bytes, bool]:
+    """Return the bytes from `begin` to `end`, and whether some of them are missing; then only those after the gap."""
+    data, missing = b"", False
+    while begin < end:
+        chunk = agent.read("stdout", begin, end - begin)
+        if chunk.next_offset <= begin:
+            break
+        missing = missing or chunk.dropped > 0
+        data, begin = chunk.data if chunk.dropped else data + chunk.data, chunk.next_offset
+    return data, missing
 
 
 def draw(data: bytes, modes: Modes, cut: bool) -> Tuple[bytes, bool]:

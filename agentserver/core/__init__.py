@@ -17,11 +17,11 @@ Owns:    this map. Read in this order; each file uses only those above it:
     process     start, signal and reap one child
     literals    words without which a pattern cannot match        pure
     query       one question about output, in a process that a timer ends
-    queries     such questions as the core has them: their processes, their turns
     lastwords   how children ended, noted before they are reaped
     witness     whether a child began, when a core died in the middle of a spawn
     pidfd       how a process ended that is nobody's child of ours
     tree        who descends from whom, by /proc
+    queries     such questions as the core has them: their processes, their turns
     facts       what a health check tells of the server
     registry    everything that must be remembered: sqlite3
     feed        what is told to whoever listens

@@ -118,10 +118,14 @@ class Agent:
         return {
             "id": self.id, "name": self.name, "status": self.status, "model_backend": self.model_backend,
             "started_at": _stamp(self.started_at), "task": self.task, "paused_at": _stamp(self.paused_at),
-            "pause_mode": self.pause_mode, "attach_info": None, "want": self.want, "pid": self.pid,
+            "pause_mode": self.pause_mode, "attach_info": self._attach_info(), "want": self.want, "pid": self.pid,
             "attempt": self.attempt, "created_at": _stamp(self.created_at), "finished_at": _stamp(self.finished_at),
             "exit": self.exit, "labels": self.labels, "metadata": self.metadata, "command": self.command,
             "cwd": self.cwd, "stdin": self.stdin, "pty": self.pty, "activity": None, "output": self.kept()}
+
+    def _attach_info(self) -> Json | None:
+        """What a person can do to see its terminal, while there is one."""
+        return {"command": f"agentserver attach {self.id}"} if self.stdin == "pty" and not self.terminal else None
 
     def info_json(self) -> str:
         """Return `info` as JSON text, from memory while nothing has changed: lists are asked for often."""

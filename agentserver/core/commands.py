@@ -191,20 +191,19 @@ class Commands:
         knows what to read first, and what it has lost."""
         if topic in ("", "server"):
             return self._supervisor.greet(subscriber)
-        name, _, stream = topic.rpartition(".")
-        agent = self._supervisor.agents.get(stream if name == "status" else name)
-        if agent is not None and name == "status":
+        first, _, second = topic.partition(".")
+        agent = self._supervisor.agents.get(second if first == "status" else first)
+        if agent is not None and first == "status":
             self._supervisor.beat(agent, subscriber)
         elif agent is not None:
-            for each in STREAMS if not stream else (stream,):
-                self._announce_stream(agent, each, subscriber)
+            for stream in STREAMS:
+                if second in ("", stream):
+                    self._announce_stream(agent, stream, subscriber)
 
     def _announce_stream(self, agent: Agent, stream: str, subscriber: Subscriber) -> None:
-        if stream in STREAMS:
-            at = self._standing(agent, stream)
-            over = agent.run is None or not agent.run.is_open(stream)
-            self._supervisor.feed.output(agent.id, stream, b"", at, over and at == agent.output.span(stream)[1],
-                                         only=subscriber)
+        at = self._standing(agent, stream)
+        over = at == agent.output.span(stream)[1] and (agent.run is None or not agent.run.is_open(stream))
+        self._supervisor.feed.output(agent.id, stream, b"", at, over, only=subscriber)
 
 
 def _process(pid: int) -> Json:

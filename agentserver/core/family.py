@@ -117,9 +117,15 @@ class Family:
         """Return who came back, and of the children of others only those that something tells to be an agent's."""
         parts = self._parts() | self.helpers.keys()
         ours, others = self._reapers()
-        found = [p for parent in ours for p in by_parent.get(parent, ()) if p.pid not in parts]
+        found = [p for parent in ours for p in by_parent.get(parent, ()) if p.pid not in parts and not self._is_part(p)]
         return found + [p for parent in others - ours for p in by_parent.get(parent, ())
                         if p.pid not in parts and p.pid not in self.leaders and self._owner(p)]
+
+    def _is_part(self, proc: Proc) -> bool:
+        """Whether a child of the keeper is a part of the server that nobody told us of: the core that is to follow us,
+        the one that was before us, a shell that is starting. One that an agent has started carries its mark."""
+        return (proc.parent == self._keeper.pid and proc.pid not in self.leaders
+                and tree.is_part(proc.pid, self._keeper.pid) and tree.mark_of(proc.pid) not in self._known)
 
     def _owner(self, proc: Proc) -> str:
         """Return whose an orphan is, or "" when nothing tells."""

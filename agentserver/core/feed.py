@@ -109,9 +109,11 @@ class Feed:
 
     def heartbeat(self, agent_id: str, update_type: str, status: str, output: Json,
                   only: Subscriber | None = None) -> None:
-        """Hint that an agent is known (`heartbeat`) or has written something (`output_available`), and how far."""
+        """Hint that an agent is known (`heartbeat`) or has written something (`output_available`), how far, and which
+        of its events is the latest."""
         if only is not None or self.wanted(f"status.{agent_id}"):
-            self._hint(self._status_update(agent_id, update_type, status, "", {"output": output}), only)
+            data = {"output": output, "last_event": self._registry.last_event_of(agent_id)}
+            self._hint(self._status_update(agent_id, update_type, status, "", data), only)
 
     def server_heartbeat(self, state: str, active: int, only: Subscriber | None = None) -> None:
         """Hint that the server is there, and which event is the latest."""

@@ -21,25 +21,35 @@ _NONE: frozenset[str] = frozenset()
 
 
 class Literals(NamedTuple):
-    """Every match holds one of `words`; none: nothing is known. With `fold` that is so in lower case, in ASCII text."""
+    """Every match holds one of `words`; none: nothing is known. With `fold` that is so in lower case, in ASCII text.
+    With `exact` it matches wherever one of them is."""
 
     words: frozenset[str]
     fold: bool
+    exact: bool
 
 
 def literals(pattern: str) -> Literals:
     """Return what every match of a valid pattern holds."""
-    fold = False
+    fold = exact = False
     try:
         tree = _PARSER.parse(pattern)
         fold = bool(tree.state.flags & re.IGNORECASE or _IGNORES_CASE.search(pattern))
-        words = _of_all(tree)
+        words, exact = _of_all(tree), _is_words(tree)
     except Exception:  # of a parser that has changed: see the module
         words = _NONE
     if fold:
+        exact = exact and all(map(str.isascii, words))
         words = frozenset(_lower(word) for word in words)
-    plain = all(words) and not any(map(_DOUBTFUL.search, words))
-    return Literals(words if plain and len(words) <= MOST else _NONE, fold)
+    if not all(words) or any(map(_DOUBTFUL.search, words)) or len(words) > MOST:
+        words = _NONE
+    return Literals(words, fold, exact and bool(words))
+
+
+def _is_words(items: Any) -> bool:
+    """Whether a pattern is nothing but a word, or several to choose from."""
+    alternatives = items[0][1][1] if len(items) == 1 and str(items[0][0]) == "BRANCH" else [items]
+    return all(str(op) == "LITERAL" for branch in alternatives for op, _value in branch)
 
 
 def _lower(word: str) -> str:

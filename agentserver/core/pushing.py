@@ -85,30 +85,37 @@ class Pushing:
 
     # ------------------------------------------------------------ pushing
 
-    def flush(self) -> bool:
-        """Push what is due, a piece of each stream in turn; tell whether there is more that would be taken now."""
+    @property
+    def ready(self) -> bool:
+        """Whether something is due that somebody would take now."""
+        return any(self._taken(topic) for topic in self._due)
+
+    def _taken(self, topic: str) -> bool:
+        return any(listener.room for listener in self._feed.wanted(topic))
+
+    def flush(self) -> None:
+        """Push what is due, a piece of each stream in turn, for at most a slice."""
         if not self._due:
-            return False
+            return
         until = self._clock() + SLICE_SECS
-        full: set[str] = set()
-        while len(full) < len(self._due):
+        full = 0  # streams in a row that nobody would take now
+        while full < len(self._due):
             topic = next(iter(self._due))
             del self._due[topic]
-            if self._push(self._streams[topic], topic, full):
-                self._due[topic] = None  # behind the others
-            if self._clock() >= until:
-                break
-        return len(full) < len(self._due)
+            if not self._feed.wanted(topic):
+                self._forget(topic)
+            elif not self._taken(topic):
+                self._due[topic] = None
+                full += 1
+            else:
+                full = 0
+                if self._push(self._streams[topic], topic):
+                    self._due[topic] = None  # behind the others
+                if self._clock() >= until:
+                    return
 
-    def _push(self, stream: _Stream, topic: str, full: set[str]) -> bool:
-        """Push one piece; return whether the stream stays due, and add it to `full` if nobody takes more now."""
-        listeners = self._feed.wanted(topic)
-        if not listeners:
-            self._forget(topic)
-            return False
-        if not any(listener.room for listener in listeners):
-            full.add(topic)
-            return True
+    def _push(self, stream: _Stream, topic: str) -> bool:
+        """Push one piece; return whether there is more."""
         before, end = stream.shown, stream.end
         got = _read(stream, end)
         last = stream.over and got.next_offset >= end

@@ -18,7 +18,7 @@ from typing import Callable, Deque, Iterable, Sequence, Union
 from ..config import ServerConfig
 from ..errors import RequestError
 from ..wire import Json, encode
-from . import process
+from . import process, tree
 from .output import OutputLog
 from .process import Ended
 from .reactor import READ, Reactor, Timer, Watch
@@ -89,6 +89,7 @@ class Queries:
         query.sock = ours
         query.watch = self._reactor.watch(ours.fileno(), READ, lambda _mask: self._read(query), bulk=True)
         query.timer = self._reactor.after(self._pattern_secs + LIFE_SECS, lambda: self._too_late(query))
+        tree.unshield(query.pid)
         self._children[query.pid] = lambda ended: self._ended(query, ended)
         self._running.add(query)
         self._tell(query)
@@ -126,8 +127,10 @@ class Queries:
             pass
         self._forget(query)
         self._running.discard(query)
-        query.answered(self._outcome(query, ended))
-        self._next()
+        try:
+            query.answered(self._outcome(query, ended))
+        finally:
+            self._next()
 
     def _outcome(self, query: _Query, ended: Ended) -> bytes | RequestError:
         said = b"".join(query.parts)
@@ -196,8 +199,12 @@ class Queries:
 
 
 def _refusal(said: bytes) -> RequestError:
-    why = json.loads(said)
-    return RequestError(why["error"], why["error_code"])
+    try:
+        why = json.loads(said)
+        return RequestError(str(why["error"]), str(why["error_code"]))
+    except (ValueError, TypeError, KeyError):  # of a program that was replaced on disk meanwhile by who knows what
+        return RequestError("the process that searched the output gave no answer; reload the server, and ask again",
+                            "unavailable")
 
 
 def _all(lines: Iterable[Iterable[_Query]]) -> list[_Query]:

@@ -22,7 +22,6 @@ import select
 import signal
 import sys
 import time
-import warnings
 from bisect import bisect_right
 from heapq import merge
 from itertools import accumulate, chain, compress, islice, repeat
@@ -30,7 +29,6 @@ from operator import contains, itemgetter
 from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 from ..errors import RequestError
-from .literals import literals
 from .output import OutputLog
 from .process import confine
 
@@ -175,12 +173,15 @@ class Filter:
     """A regular expression; all that it does runs against the timer."""
 
     def __init__(self, pattern: str, timer: Timer) -> None:
+        import warnings
+
+        from .literals import literals
         self._timer = timer
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of patterns whose meaning may change
         with timer:
             try:
                 self._search = re.compile(pattern).search
-                self._words, self._fold = literals(pattern)
+                self._words, self._fold, self._exact = literals(pattern)
             except re.error as e:
                 where = "" if e.pos is None else f" at character {e.pos}"
                 raise RequestError(f"filter is not a regular expression: {e.msg}{where}") from None
@@ -196,6 +197,8 @@ class Filter:
         text = block.text()
         lines = _lines(text)
         candidates = self._candidates(lines, text)
+        if self._exact and not isinstance(candidates, range):
+            return lines, candidates
         chosen = lines if len(candidates) == len(lines) else [lines[at] for at in candidates]
         with self._timer:
             try:

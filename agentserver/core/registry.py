@@ -274,6 +274,10 @@ class Registry:
         """The oldest sequence that can be asked for; one past the last when none is kept."""
         return int(self._one("SELECT min(sequence) FROM events") or self.sequence + 1)
 
+    def last_event_of(self, agent_id: str) -> int:
+        """Return the number of an agent's newest event that is kept, 0 if none is."""
+        return int(self._one("SELECT max(sequence) FROM events WHERE agent_id = ?", agent_id) or 0)
+
     def has_events_of(self, agent_id: str) -> bool:
         """Whether events of an agent are kept, which may itself be forgotten."""
         return bool(self._rows("SELECT 1 FROM events WHERE agent_id = ? LIMIT 1", agent_id))

@@ -240,8 +240,7 @@ class Service:
                 while self._known:
                     self._keeper.known(self._known.pop())
         self.control.remembers = False
-        if self._pushing.flush():
-            self.reactor.after(0, _more)
+        self._pushing.flush()
         self._feed.flush(durable)
         self.reactor.change(self._channel_watch, READ | (WRITE if self._keeper.channel.unsent else 0))
         if self._dirty:
@@ -251,6 +250,8 @@ class Service:
             for connection in dirty:
                 if connection.waiting:
                     self.reactor.after(0, connection.work)
+        if self._pushing.ready:
+            self.reactor.after(0, _more)
 
     def _take_back(self) -> None:
         """What was done in this turn is not on disk: acknowledge nothing. Who asked reconnects, and asks again."""

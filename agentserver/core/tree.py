@@ -198,6 +198,13 @@ def command_of(pid: int) -> str:
     return line[:500].decode("utf-8", "replace")
 
 
+def is_part(pid: int, keeper: int) -> bool:
+    """Whether a child of the keeper looks like a core or a shell; until its exec such a one looks like the keeper."""
+    command = _read(f"{_PROC}/{pid}/cmdline", 4096)
+    return command.endswith((b"\0_core\0", b"\0_shell\0")) or (
+        command != b"" and command == _read(f"{_PROC}/{keeper}/cmdline", 4096))
+
+
 def send(proc: Proc, number: int) -> bool:
     """Signal a process by identity; never one that took over its pid meanwhile."""
     if proc.pid <= 1 or proc.pid == os.getpid():

@@ -156,7 +156,7 @@ async function follow(link, name, directory) {
   const events = new Events(directory);
   const everything = [...streams, events];
   while (!streams.every((stream) => stream.done) || !ENDED.includes((await get(agent)).status)) {
-    const hint = await link.hint([`${agent}.stdout`, `${agent}.stderr`, "status.", "server"]);
+    const hint = await link.hint([`${agent}.stdout`, `${agent}.stderr`, `status.${agent}`, "status.", "server"]);
     for (const each of everything) each.heard(hint);
     while (everything.some((each) => each.behind))
       for (const each of everything) if (each.behind) await each.read(link);

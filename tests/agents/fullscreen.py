@@ -13,7 +13,8 @@ import tty
 
 ON = ("\x1b[?1049h\x1b[?1000h\x1b[?1006h\x1b[?1004h\x1b[?2004h\x1b[?1h\x1b=\x1b[>1u\x1b[>4;2m\x1b[?25l\x1b[2 q"
       "\x1b[3;8r\x1b]11;#102030\x07")
-OFF = "\x1b]111\x07\x1b[r\x1b[ q\x1b[?25h\x1b[>4m\x1b[<u\x1b>\x1b[?1l\x1b[?2004l\x1b[?1004l\x1b[?1006l\x1b[?1000l\x1b[?1049l"
+OFF = ("\x1b]111\x07\x1b[r\x1b[ q\x1b[?25h\x1b[>4m\x1b[<u\x1b>\x1b[?1l"
+       "\x1b[?2004l\x1b[?1004l\x1b[?1006l\x1b[?1000l\x1b[?1049l")
 typed, drawn = "", 0
 
 
@@ -27,7 +28,8 @@ def draw(*_):
     global drawn
     drawn += 1
     cols, rows = shutil.get_terminal_size()
-    say(f"\x1b[r\x1b[H\x1b[2J\x1b[1;1Hsize {rows}x{cols}\x1b[2;1Hkeys {typed}\x1b[{rows};1H\x1b[7mlast line\x1b[m\x1b[5;5H")
+    say(f"\x1b[r\x1b[H\x1b[2J\x1b[1;1Hsize {rows}x{cols}\x1b[2;1Hkeys {typed}")
+    say(f"\x1b[{rows};1H\x1b[7mlast line\x1b[m\x1b[5;5H")
 
 
 os.environ.pop("LINES", None)

@@ -56,12 +56,12 @@ def find(name: str, state_dir: Path, keeper: int) -> Optional[Part]:
             fd = os.pidfd_open(pid)
         except OSError:
             continue
-        if _is(pid, name, state_dir):
+        if not _unborn(pid) and _is(pid, name, state_dir):
             return Part(pid, fd, name, state_dir)
         os.close(fd)
     if name != "keeper":  # of a keeper that died
         for pid in alive_with(MARK, str(state_dir)):
-            if _is(pid, name, state_dir):
+            if not _unborn(pid) and _is(pid, name, state_dir):
                 return Part(pid, os.pidfd_open(pid), name, state_dir)
     return None
 
@@ -73,13 +73,19 @@ def _children(pid: int) -> List[int]:
         return []
 
 
+def _unborn(pid: int) -> bool:
+    """Whether it may be a child of the core that has not become an agent yet, and so has the core's words and mark:
+    such a one blocks all signals (glibc's posix_spawn), and so does the core for that moment."""
+    try:
+        return int(Path(f"/proc/{pid}/status").read_text().partition("\nSigBlk:")[2].split()[0], 16) != 0
+    except (OSError, IndexError):
+        return True
+
+
 def _is(pid: int, name: str, state_dir: Path) -> bool:
-    """Whether a process is that part: by its words, its mark, and the channel that a keeper gives its parts. A child of
-    the core that has not become an agent yet has the core's words and mark, but gives up the channel first."""
+    """Whether a process is that part, by its words and its mark."""
     word = PART_OF[name]
     try:
-        if name != "keeper" and not os.readlink(f"/proc/{pid}/fd/0").startswith("socket:"):
-            return False
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return word in argv[-2:-1] + argv[2:3] and f"{MARK}={state_dir}".encode() in Path(
             f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -34,3 +34,4 @@ def deadly(name):
 if place:
     deadly("posix_spawn")
     deadly("kill")
+    deadly("sendfile")

@@ -1,0 +1,65 @@
+"""A subscriber without libzmq: the bytes of ZMTP 3.0 on a plain TCP socket (rfc.zeromq.org/spec/23).
+
+Owns:    `RawSubscriber`, which reads only when it is told to, and sends whatever it is told to.
+Runs in: the test process.
+Unaware: of what is published.
+"""
+from __future__ import annotations
+
+import socket
+
+from support import DEADLINE_SECS
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" + bytes(31)
+
+
+def command(name: bytes, body: bytes) -> bytes:
+    """Return a command frame."""
+    whole = bytes([len(name)]) + name + body
+    return b"\x04" + bytes([len(whole)]) + whole
+
+
+def message(body: bytes) -> bytes:
+    """Return a message of one frame."""
+    if len(body) < 256:
+        return b"\0" + bytes([len(body)]) + body
+    return b"\x02" + len(body).to_bytes(8, "big") + body
+
+
+READY = command(b"READY", b"\x0bSocket-Type\0\0\0\x03SUB")
+
+
+class RawSubscriber:
+    """Connects, shakes hands, subscribes, and then does nothing by itself."""
+
+    def __init__(self, endpoint: str, *topics: bytes, room: int = 4096) -> None:
+        host, _, port = endpoint.partition("://")[2].rpartition(":")
+        self.socket = socket.socket()
+        self.socket.settimeout(DEADLINE_SECS)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+        self.socket.connect((host, int(port)))
+        self.socket.sendall(GREETING)
+        self._exactly(len(GREETING))
+        self.socket.sendall(READY)
+        _flags, size = self._exactly(2)
+        assert self._exactly(size).startswith(b"\x05READY")
+        for topic in topics:
+            self.socket.sendall(message(b"\1" + topic))
+
+    def _exactly(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            piece = self.socket.recv(count - len(data))
+            assert piece, "the publisher closed the connection"
+            data += piece
+        return data
+
+    def frame(self) -> bytes:
+        """Return the next frame that was published; topic and body are two."""
+        flags = self._exactly(1)[0]
+        size = int.from_bytes(self._exactly(8 if flags & 2 else 1), "big")
+        return self._exactly(size)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.socket.close()
