@@ -11,10 +11,12 @@ import contextlib
 import hashlib
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -446,14 +448,17 @@ def test_after_a_flood_the_prompt_comes_soon(place: Place) -> None:
     assert me.end() == 0
 
 
-def test_pasting_a_lot_arrives(place: Place) -> None:
-    me = place.person("run", "-t", "--", *agent("raw"))
+def test_pasting_more_than_anybody_holds_arrives(place: Place) -> None:
+    """The agent reads nothing at first: the server's buffer fills, then ours, then the keyboard has to wait."""
+    ref = place.spawn(*agent("raw", "wait"))
+    me = place.person("attach", ref.id)
     me.until("ready")
-    pasted = bytes(range(5, 16)) * 40_000 + b"\x11\x10\x10"
-    for at in range(0, len(pasted), 4000):
-        me.type(pasted[at:at + 4000])
-        me.look()
-    me.type(b"\x04")
+    pasted = bytes(range(5, 16)) * 160_000 + b"\x11\x10\x10"
+    pasting = threading.Thread(target=me.type, args=(pasted + b"\x04",))
+    pasting.start()
+    wait_until(lambda: not select.select([], [me.master], [], 0.5)[1], what="a keyboard that has to wait")
+    ref.signal("SIGUSR1")
+    wait_until(lambda: me.look() is not None and not pasting.is_alive(), what="everything to be typed")
     me.until(f"{len(pasted)} {hashlib.sha256(pasted).hexdigest()}")
     assert me.end() == 0
 

@@ -21,7 +21,7 @@ import pytest
 from support import AGENTS, DEADLINE_SECS, MAIN, ROOT, Server, assert_nothing_left, clean_environ, wait_until
 
 README = ROOT / "README.md"
-WITH_SESSIONS = (README, ROOT / "docs" / "ssh.md")
+WITH_SESSIONS = (README, *(ROOT / "docs" / name for name in ("ssh.md", "recording.md")))
 
 
 def blocks(document: Path, language: str) -> list[str]:

@@ -9,9 +9,9 @@ In reading order: exits (codes and error lines) · options (the parser) · show 
 out (bytes and JSON for stdout) · connect (the client, whose agents) · then one file per group:
 serve, stdio, spawn (spawn), run with its stdin, attach with session, screen, redraw, escapes, typist,
 terminal and detach, agents (ps, info, why), watch (ps --watch), reasons (the sentences of why), logs with
-pieces and tail, send, control, wait, server (health, stats, events, reload, shutdown), doctor. Each of them
-has `COMMANDS`, from a command's name to its function, and imports what it needs when it is called, because
-a command line is judged by how soon it answers.
+pieces and tail, record and replay with recording, send, control, wait, server (health, stats, events,
+reload, shutdown), doctor. Each of them has `COMMANDS`, from a command's name to its function, and imports what
+it needs when it is called, because a command line is judged by how soon it answers.
 """
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from . import exits
 
 #: the module in this package that has the function of each command
 HOMES = {
-    "serve": "serve", "stdio": "stdio", "run": "run", "attach": "attach", "spawn": "spawn",
-    "ps": "agents", "info": "agents", "why": "agents", "logs": "logs", "send": "send",
+    "serve": "serve", "stdio": "stdio", "run": "run", "attach": "attach", "spawn": "spawn", "ps": "agents",
+    "info": "agents", "why": "agents", "logs": "logs", "record": "record", "replay": "replay", "send": "send",
     "pause": "control", "resume": "control", "stop": "control", "kill": "control", "restart": "control",
     "rm": "control", "signal": "control", "wait": "wait", "events": "server", "health": "server", "stats": "server",
     "reload": "server", "shutdown": "server", "doctor": "doctor",

@@ -32,6 +32,7 @@ MANY = "AGENT [AGENT …]"
 CHOSEN = "(AGENT … | --label K=V | --all)"
 SIGNALLED = "SIG (AGENT … | --label K=V | --all)"
 SENT = "AGENT [TEXT … | -]"
+FILE = "(FILE | -)"
 
 _LIKE_A_FLAG = re.compile(r"-(?!\d+$|\d*\.\d+$)[^ ]+$")
 
@@ -73,6 +74,10 @@ def _settle(given: argparse.Namespace, words: list[str], rest: list[str]) -> Non
         given.argv = rest
         return
     words += rest
+    if shape == FILE:
+        if len(words) != 1:
+            raise UsageError(f"{me}: name one recording, or - for stdin")
+        given.file = words[0]
     if shape == NOTHING and words:
         raise UsageError(f"{me} takes only flags, not {words[0]!r}")
     if shape == SIGNALLED:
@@ -96,7 +101,7 @@ def build() -> Parser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     _shared(parser, None, False)
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND", parser_class=Parser)
-    for add in (_serving, _starting, _looking, _reading, _talking, _controlling, _waiting, _asking):
+    for add in (_serving, _starting, _looking, _reading, _recording, _talking, _controlling, _waiting, _asking):
         add(commands)
     return parser
 
@@ -216,6 +221,15 @@ def _reading(commands: Any) -> None:
                       help="only what was written since a time (2026-01-31T12:00:00Z) or in the last 30s, 10m, 2h, 1d")
     logs.add_argument("--stream", choices=("stdout", "stderr", "both"), default="both", help="default: both")
     _flag(logs, "-t", "--timestamps", help="put the time before each line")
+
+
+def _recording(commands: Any) -> None:
+    record = _add(commands, "record", ONE, "write what an agent wrote, with the times, as a recording")
+    _flag(record, "-f", "--follow", help="go on until the agent ends")
+    record.add_argument("-o", "--output", metavar="FILE", help="where to write it (default: stdout)")
+    replay = _add(commands, "replay", FILE, "show a recording at its own pace; Ctrl-C ends it, the space bar holds it")
+    replay.add_argument("--speed", metavar="X", type=values.factor, default=1.0, help="X times as fast: 2, 0.5")
+    replay.add_argument("--max-idle", metavar="SECS", type=values.seconds, help="make longer pauses this short")
 
 
 def _talking(commands: Any) -> None:

@@ -46,15 +46,10 @@ class Session:
         self._terminal, self._info = terminal, info
         size = terminal.size()
         self._screen = Screen(watching, info, size[0] if size else None, fresh, terminal.wake)
-        self._typist = Typist(typing, info.id, self._on_failure) if typing is not None else None
+        self._typist = Typist(typing, info.id, terminal.wake) if typing is not None else None
         self._keys = Keys(detach)
-        self._failed: Optional[BaseException] = None
         self._adapted = False
         self._due: List[Tuple[float, Optional[Size]]] = []  # when to send which size; `None`: the one that it has then
-
-    def _on_failure(self, error: BaseException) -> None:
-        self._failed = error
-        self._terminal.wake()
 
     def run(self, limit: Optional[float]) -> Left:
         """Stay until the end of either; `limit` is a monotonic time."""
@@ -100,7 +95,7 @@ class Session:
         return None
 
     def _on_news(self) -> Optional[Left]:
-        error = self._screen.failed or self._failed
+        error = self._screen.failed or (self._typist.failed if self._typist is not None else None)
         if self._screen.ended is not None or error is not None:
             return Left(self._screen.ended, error)
         if self._screen.drawn and not self._adapted:

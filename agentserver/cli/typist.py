@@ -21,10 +21,11 @@ _NOT_NOW = ("invalid_state", "stdin_closed", "agent_not_found")
 
 
 class Typist:
-    """Send keys and sizes to one agent, in the background."""
+    """Send keys and sizes to one agent, in the background. `changed` is called when it failed, or has room again."""
 
-    def __init__(self, client: AgentClient, agent_id: str, failed: Callable[[BaseException], None]) -> None:
-        self._client, self._agent_id, self._failed = client, agent_id, failed
+    def __init__(self, client: AgentClient, agent_id: str, changed: Callable[[], None]) -> None:
+        self._client, self._agent_id, self._changed = client, agent_id, changed
+        self.failed: Optional[BaseException] = None
         self._news = threading.Condition()
         self._keys = b""
         self._size: Optional[Tuple[int, int]] = None
@@ -70,7 +71,8 @@ class Typist:
                 while self._turn(agent):
                     continue
         except Exception as e:  # whatever it is, the terminal has to be given back
-            self._failed(e)
+            self.failed = e
+            self._changed()
 
     def _turn(self, agent: Agent) -> bool:
         """Send what there is, or wait for it; return whether there may be more."""
@@ -78,6 +80,8 @@ class Typist:
             while not (self._keys or self._size or self._over.is_set()):
                 self._news.wait()
             keys, size, self._keys, self._size = self._keys, self._size, b"", None
+        if len(keys) >= MOST_WAITING:
+            self._changed()
         try:
             if size:
                 agent.client.control(agent.id, "resize", rows=size[0], cols=size[1])

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.lifecycle import STATUSES
 
-__all__ = ["STATUSES", "add_settings", "count", "json_object", "moment", "pair", "seconds", "terminal_size",
+__all__ = ["STATUSES", "add_settings", "count", "factor", "json_object", "moment", "pair", "seconds", "terminal_size",
            "variable"]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -35,6 +35,14 @@ def seconds(text: str) -> float:
     found = _span(text)
     if found is None:
         raise ArgumentTypeError(f"{text!r} is not a duration such as 10, 0.5, 30s, 10m or 2h")
+    return found
+
+
+def factor(text: str) -> float:
+    """Read a number above 0."""
+    found = _number(text)
+    if not found:
+        raise ArgumentTypeError(f"{text!r} is not a number above 0 such as 2 or 0.5")
     return found
 
 
