@@ -120,8 +120,8 @@ def test_sessions_run_as_shown(document: Path, state_dir: Path) -> None:
         session.abandon()
 
 
-@pytest.mark.parametrize("code", [*blocks(README, "python"), *blocks(ROOT / "docs" / "client.md", "python")])
-def test_the_python_in_the_readme_and_of_the_library_runs(code: str, server: Server) -> None:
+@pytest.mark.parametrize("code", blocks(README, "python"))
+def test_the_python_in_the_readme_runs(code: str, server: Server) -> None:
     environ = clean_environ(server.state_dir, {"AGENTSERVER_SERVER": server.endpoint})
     done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=str(ROOT), timeout=4 * DEADLINE_SECS,
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
