@@ -26,6 +26,7 @@ Since = Union[None, str, "datetime", Mapping[Any, int]]
 STREAMS = ("stdout", "stderr")
 
 _FIRST_LOOK = 0.05     # a subscription that nobody confirms may take effect late: look again soon, then less often
+_LOSSY_SECS = 2.0      # so long after something was missed, a moment without a word may mean that the last was missed
 _BLIND_SECS = 0.5      # how often to look when nothing is told at all (publishing off, server away)
 _BEAT_SECS = 10.0      # between heartbeats, where the server does not say
 _QUIET_BEATS = 2.5     # after so many without a word of something, look
@@ -48,6 +49,7 @@ class Hints:
         self._calls, self._topics, self._deadline = calls, tuple(topics), deadline
         self._due = dict.fromkeys(keys, 0.0)      # when each has to be looked at, unless it is heard of before
         self._unsure: Dict[str, float] = {}       # of whom no word has come since listening began: when to look again
+        self._lost_at: Dict[str, float] = {}      # when it was last noticed that something had been missed
         self._check_at = 0.0                      # nobody is due before this
         self._listening, self._listen_at = False, 0.0
         self._quiet_secs = _QUIET_BEATS * _BEAT_SECS
@@ -105,9 +107,11 @@ class Hints:
 
     def _note(self, event: Json) -> None:
         self._waited = 0.0
-        key = event.get("agent_id") or _SERVER
-        if key in self._due:
-            self._due[key] = self._calls.clock() + self._quiet_secs
+        key, now = event.get("agent_id") or _SERVER, self._calls.clock()
+        if now < self._lost_at.get(key, 0.0) + _LOSSY_SECS:
+            self._look_after(key, _FIRST_LOOK)
+        elif key in self._due:
+            self._due[key] = now + self._quiet_secs
             self._unsure.pop(key, None)
         _note_end(self._calls.ends, event)
 
@@ -138,8 +142,8 @@ class Hints:
 
     def look_soon(self, key: str) -> None:
         """Look again in a moment, then less often: a server drops hints for whom they come too fast."""
-        self._unsure[key] = _FIRST_LOOK
-        self._look_after(key, min(_FIRST_LOOK, self._due[key] - self._calls.clock()))
+        self._unsure[key], self._lost_at[key] = _FIRST_LOOK, self._calls.clock()
+        self._look_after(key, _FIRST_LOOK)
 
     def look_now(self, key: str) -> None:
         """Look as soon as possible: something was told out of turn."""
@@ -152,6 +156,7 @@ class Hints:
     def forget(self, key: str) -> None:
         """Care no longer about one."""
         self._due.pop(key, None)
+        self._lost_at.pop(key, None)
 
 
 def _number(text: Any, default: float) -> float:

@@ -295,6 +295,17 @@ def test_joins_reach_the_core_and_its_events_reach_the_joined(served: Served) ->
         wait_until(lambda: subscriptions(served.core)[-1]["topics"] == [f"{ID}.stdout"])
 
 
+def test_a_listener_with_the_smallest_queue_is_told_all_it_wants(served: Served) -> None:
+    """A high-water mark is for what comes in: libzmq would drop the subscriptions beyond it, in silence."""
+    with endpoints.sub_socket(served.context, 1) as sub:
+        wanted = [f"status.{n}" for n in range(50)]
+        for topic in wanted:
+            sub.subscribe(topic)
+        sub.connect(served.server.pub_endpoint)
+        wait_until(lambda: subscriptions(served.core)
+                   and subscriptions(served.core)[-1]["topics"] == sorted(wanted))
+
+
 def test_a_second_listener_is_announced_too(served: Served) -> None:
     with contextlib.ExitStack() as open_sockets:
         for count in (1, 2):

@@ -74,6 +74,7 @@ def sub_socket(context: zmq.Context[Any], queued: int = QUEUED_EVENTS) -> zmq.So
     """Return a client's listening socket. It says nothing by itself, so without heartbeats it would not notice that
     the other end has gone."""
     sock = _socket(context, zmq.SUB, queued, MAX_WIRE)
+    sock.setsockopt(zmq.SNDHWM, 0)  # what it sends are its subscriptions, and libzmq drops those beyond the mark
     sock.setsockopt(zmq.HEARTBEAT_IVL, _ALIVE_MS)
     sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_MS)
     sock.setsockopt(zmq.HEARTBEAT_TTL, _GONE_MS)
