@@ -122,6 +122,21 @@ def test_what_was_done_while_the_registry_refused_is_not_done_again(server: Serv
     assert server.ask(request)["data"] == {"removed": True} == server.ask(request)["data"]
 
 
+def test_a_disk_without_a_byte_left_leaves_nothing_half_started(server: Server) -> None:
+    """Not even the name of who is being started can be written; and then it can."""
+    core = server.pids()["core"]
+    with LineWire(server.socket_path) as wire:
+        ended = wire.spawn("exit_with", 0)
+        wire.ended(ended)
+        resource.prlimit(core, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        wire.refused("unavailable", "spawn_request", config=TRUE)
+        wire.cannot("unavailable", ended, "restart")
+        assert wire.status(ended) == "failed" and wire.ok("health_check_request")["active_agents"] == 0
+        resource.prlimit(core, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert wire.control(ended, "restart")["attempt"] == 3
+        assert wire.exit(ended)["code"] == 0
+
+
 def test_a_writer_from_outside_does_not_stop_the_core(server: Server) -> None:
     with LineWire(server.socket_path) as wire, locked(server):
         wire.send(json.dumps({"type": "spawn_request", "request_id": "x", "config": TRUE}).encode())

@@ -40,7 +40,7 @@ CLIENT = ("address", "talk", "calls", "follow", "client", "aclient")
 #: what a layer may use of the others, besides COMMON
 ACROSS = {
     "core": (),
-    "shell": ("core.link", "core.framing", "core.alink", "core.serving", "core.lock", "core.channel"),
+    "shell": ("core.link", "core.framelink", "core.framing", "core.alink", "core.serving", "core.lock", "core.channel"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.alink", "core.ssh", "core.lifecycle", "shell.link", "shell.alink"),
     # `serve` becomes a keeper, `stdio` a relay, and `doctor` looks at what one would need; all else goes through the

@@ -19,7 +19,8 @@ from fakecore import Connection, FakeCore, echo
 from support import wait_until
 
 from agentserver.core import audience
-from agentserver.core.link import FrameLink, LineLink, LocalRoute, NotThere, dial, socket_path
+from agentserver.core.framelink import FrameLink
+from agentserver.core.link import LineLink, LocalRoute, NotThere, dial, socket_path
 from agentserver.errors import LinkError, RequestError, RequestTimeout
 from agentserver.wire import encode
 

@@ -27,6 +27,7 @@ from test_faults import back
 from test_survival import by_request, kill_core, reload, successor
 from wire import LineWire, Wire, alive, child_environ, process_state
 
+from agentserver import AgentClient
 from agentserver.cli.supervised import FDS_STORED
 from agentserver.core import process, stdin, terminal
 from agentserver.core.output import OutputLog
@@ -151,6 +152,17 @@ def test_what_cannot_be_resized(wire: Wire) -> None:
     keys(wire, ref, "", eof=True)
     wire.ended(ref)
     wire.cannot("invalid_state", ref, "resize", rows=1, cols=1)
+
+
+def test_the_client_library_knows_terminals(client: AgentClient) -> None:
+    shell = client.spawn(["sh", "-c", "read x; stty size; cat"], pty=SIZE)
+    assert shell.info().stdin == "pty" and shell.info().pty == SIZE
+    shell.resize(3, 4)
+    assert shell.info().pty == {"rows": 3, "cols": 4}
+    shell.write("go\nlast", eof=True)
+    assert shell.wait().code == 0
+    assert [chunk.data for _, stream, chunk in client.follow(shell.id) if stream == "stderr" and chunk.data] == []
+    assert b"3 4\r\n" in b"".join(chunk.data for _, _, chunk in client.follow(shell.id))
 
 
 # ---------------------------------------------------------------- what is typed

@@ -40,7 +40,8 @@ Owns:    this map. Read in this order; each file uses only those above it:
     connection  one connection to core.sock
     service     the core process
     audience    who listens on a connection, and to what              pure
-    link        the other end: how the shell and clients talk to a core
+    link        the other end: how clients talk to a core
+    framelink   the same for the shell
     alink       the same for asynchronous clients
     ssh         the way to a server on another machine
     relay       what `agentserver stdio` does: between stdin, stdout and a core

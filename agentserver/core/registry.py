@@ -208,7 +208,10 @@ class Registry:
         self._write("INSERT OR REPLACE INTO attempts VALUES (?, ?, ?)", agent_id, attempt, encode_text(record))
 
     def attempts(self, agent_id: str) -> list[Json]:
-        """Return the attempts of an agent, first to last."""
+        """Return the attempts of an agent, first to last; refuse while the last may not be on disk."""
+        if not self.commit():
+            raise RequestError(f"the registry cannot be written ({self.trouble}), and so not all can be told yet; make "
+                               "room on the server's disk, and ask again", "unavailable")
         rows = self._rows("SELECT CAST(record AS BLOB) FROM attempts WHERE agent_id = ? ORDER BY attempt", agent_id)
         return [_decoded(row[0]) for row in rows]
 

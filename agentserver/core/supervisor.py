@@ -159,9 +159,11 @@ class Supervisor:
         return os.path.join(self.config.state_dir, "agents", agent_id)
 
     def _start(self, agent: Agent, launch: backends.Launch, ask: Ask) -> None:
-        self._witness.expect(agent.id)  # before the commit: an agent that is on disk is the one that has not begun
-        if not self.registry.begin(ask, agent.id):  # known before it exists: our death leaves no ghost and no double
-            raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); make room on its disk",
+        trouble = self._witness.expect(agent.id)  # first: an agent that is on disk is the one that has not begun
+        if not trouble and not self.registry.begin(ask, agent.id):  # then known: our death leaves no ghost, no double
+            trouble = self.registry.trouble
+        if trouble:
+            raise RequestError(f"the server cannot write down what it starts ({trouble}); make room on its disk",
                                "unavailable")
         directory = self.directory(agent.id)
         _write_files(directory, launch.files)

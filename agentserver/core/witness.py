@@ -26,9 +26,13 @@ class Witness:
         #: for posix_spawn, before the action that gives the child its real descriptor 0
         self.action: tuple[Any, ...] = (os.POSIX_SPAWN_OPEN, 0, path, os.O_WRONLY | os.O_TRUNC, 0o600)
 
-    def expect(self, agent_id: str) -> None:
-        """Note whose child is about to be forked."""
-        os.pwrite(self._fd, agent_id.encode("ascii"), 0)
+    def expect(self, agent_id: str) -> str:
+        """Note whose child is about to be forked; return why that cannot be done, "" if it was."""
+        try:
+            os.pwrite(self._fd, agent_id.encode("ascii"), 0)
+        except OSError as e:
+            return e.strerror or str(e)
+        return ""
 
     def close(self) -> None:
         """Let go of the file."""

@@ -116,7 +116,7 @@ def bind(sock: zmq.Socket[Any], endpoint: str, patience_secs: float = 0.0) -> Bo
     while True:
         try:
             return _bind_ipc(sock, endpoint) if _is_file(endpoint) else _bind_tcp(sock, endpoint)
-        except OSError as e:  # zmq.ZMQError is one
+        except (OSError, zmq.ZMQError) as e:
             if e.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
                 raise StartError(_why(endpoint, e)) from None
         time.sleep(0.05)
@@ -129,11 +129,8 @@ def _is_file(endpoint: str) -> bool:
 def _bind_tcp(sock: zmq.Socket[Any], endpoint: str) -> Bound:
     if "[" in endpoint:  # else the real endpoint would be told as an IPv6 one that maps IPv4
         sock.setsockopt(zmq.IPV6, 1)
-    try:
-        # bind(2) wants an address, not a name
-        sock.bind(endpoint.replace("tcp://localhost:", "tcp://127.0.0.1:", 1))
-    except zmq.ZMQError as e:
-        raise OSError(e.errno, e.strerror) from None
+    # bind(2) wants an address, not a name
+    sock.bind(endpoint.replace("tcp://localhost:", "tcp://127.0.0.1:", 1))
     real = sock.getsockopt(zmq.LAST_ENDPOINT)
     return Bound(real.decode().rstrip("\0") if isinstance(real, bytes) else endpoint)
 
@@ -197,7 +194,7 @@ _REASONS: Dict[Optional[int], str] = {
 }
 
 
-def _why(endpoint: str, error: OSError) -> str:
+def _why(endpoint: str, error: OSError | zmq.ZMQError) -> str:
     reason = _REASONS.get(error.errno) or error.strerror or str(error)
     return f"cannot listen on {endpoint}: {reason}"
 

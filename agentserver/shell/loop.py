@@ -15,7 +15,8 @@ from typing import Any, Callable, Optional, Protocol
 
 import zmq
 
-from ..core.link import FrameLink, NotThere
+from ..core.framelink import FrameLink
+from ..core.link import NotThere
 from ..errors import LinkError
 from ..wire import encode, new_id
 from .endpoints import failed_reply

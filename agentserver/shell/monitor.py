@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Optional, Set
 
 import zmq
 
-from ..core.link import FrameStream
+from ..core.framelink import FrameStream
 from ..errors import LinkError, StartError
 from ..wire import encode, new_id
 from .crowd import Crowd

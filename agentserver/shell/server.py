@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Dict, Optional
 
 import zmq
 
-from ..core.link import FrameLink, LineLink, dial, socket_path
+from ..core.framelink import FrameLink
+from ..core.link import LineLink, dial, socket_path
 from ..core.lock import await_free, held
 from ..core.serving import make_state_dir, start_detached
 from ..errors import LinkError, RequestError, StartError
