@@ -260,6 +260,14 @@ def test_characters_are_cut_only_between_them() -> None:
         assert recording.whole(junk) == len(junk)
 
 
+def test_a_gap_ends_a_character() -> None:
+    made = recording.Lines("2023-11-14T22:13:20Z")
+    lines = [line for part in (made.output("", "stdout", b"\xc3"), made.gap("", "stdout", 5),
+                               made.output("", "stdout", b"\xa4")) for line in part]
+    assert [json.loads(line)[1:] for line in lines] == [
+        ["stdout", "ww==", "base64"], ["gap", {"stream": "stdout", "bytes": 5}], ["stdout", "pA==", "base64"]]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_was_written_comes_back(seed: int) -> None:
     """In pieces of any size, of any bytes, with clocks that jump: every byte, in order, and time never goes back."""

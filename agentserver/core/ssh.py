@@ -222,7 +222,7 @@ class SshRoute:
                     f"({said or 'exit code 127'}); name it with {COMMAND_VARIABLE}, such as "
                     "'python3 ~/agentserver.pyz stdio'")
         if code == _SSH_FAILED and not heard:
-            return f"ssh to {host} failed: {said or why}"
+            return f"ssh to {host} failed: {said or 'it ended without saying why; try it by hand'}"
         if heard:
             return f"the link to {self.name} broke: {said or why}"
         ended = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
