@@ -52,6 +52,7 @@ class Hints:
         self._listening, self._listen_at = False, 0.0
         self._quiet_secs = _QUIET_BEATS * _BEAT_SECS
         self._waited = 0.0                        # in vain for a word of anybody
+        self._heard = False                       # anything, since listening began
         #: the newest event when listening began, where the server says so
         self.sequence: Optional[int] = None
 
@@ -85,7 +86,7 @@ class Hints:
             self._cut(_BLIND_SECS)
             return
         self._quiet_secs = _QUIET_BEATS * _number(metadata.get("status_update_interval_secs"), _BEAT_SECS)
-        self._listening, self._waited, self.sequence = True, 0.0, reply.get("sequence")
+        self._listening, self._heard, self._waited, self.sequence = True, False, 0.0, reply.get("sequence")
         self._unsure = {} if reply else dict.fromkeys(self._due, _FIRST_LOOK)
         self._all_due()
 
@@ -93,7 +94,7 @@ class Hints:
         try:
             event: Optional[Json] = yield Hear(timeout)
         except AgentServerError:
-            self._cut(0.0)
+            self._cut(0.0 if self._heard else _BLIND_SECS)
             return None
         if event:
             self._note(event)
@@ -104,7 +105,7 @@ class Hints:
         return None
 
     def _note(self, event: Json) -> None:
-        self._waited = 0.0
+        self._heard, self._waited = True, 0.0
         key = event.get("agent_id") or _SERVER
         if key in self._due:
             self._due[key] = self._calls.clock() + self._quiet_secs

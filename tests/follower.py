@@ -14,7 +14,7 @@ import json
 import sys
 from typing import Any, Dict, List
 
-from agentserver import AgentClient
+from agentserver import AgentClient, OutputDropped
 
 
 class Account:
@@ -27,11 +27,9 @@ class Account:
 
     def take(self, what: Any) -> None:
         """Count a chunk, or a gap that was told."""
-        if not hasattr(what, "data"):
-            self.gap(int(what.from_offset), int(what.to_offset))
+        if isinstance(what, OutputDropped):
+            self.gap(what.from_offset, what.to_offset)
             return
-        if what.dropped:
-            self.gap(what.offset - what.dropped, what.offset)
         if what.offset != self.at:
             self.wrong.append(f"{what.offset} came where {self.at} was due")
         self.sha.update(what.data)

@@ -95,7 +95,7 @@ def test_heartbeats_say_where_the_streams_stand(start_server: Callable[..., Serv
         sub = Subscriber(server.pub_endpoint, f"status.{sleeper}")
         try:
             beat = sub.next(lambda e: e["update_type"] == "heartbeat")
-            assert beat["data"] == {"output": wire.info(sleeper)["output"]}
+            assert beat["data"]["output"] == wire.info(sleeper)["output"]
         finally:
             sub.close()
 
@@ -197,7 +197,7 @@ def test_every_join_that_names_something_is_answered(unix: LineWire, subscribe: 
         for ref, status in ((sleeper, "running"), (ended, "failed")):
             told = subscribe(f"status.{ref}").next()
             assert told["update_type"] == "heartbeat" and told["status"] == status
-            assert told["data"] == {"output": unix.info(ref)["output"]}
+            assert told["data"]["output"] == unix.info(ref)["output"]
             assert told["sequence"] == unix.ok("events_request", since=2 ** 62)["next"]
         assert subscribe("").next(lambda e: e["type"] == "server_update")["update_type"] == "heartbeat"
         at_end = subscribe(f"{ended}.stdout").next()
@@ -243,9 +243,8 @@ def test_what_nobody_subscribed_to_is_not_produced(unix: LineWire, subscribe: Ca
     sub.socket.unsubscribe(f"{listened}.stdout".encode())
 
     def is_over() -> bool:
-        at = pushed()
+        at, end = pushed(), unix.info(listened)["output"]["stdout"]["end_offset"]
         unix.control(listened, "write_stdin", data="out now nobody does\n")
-        end = unix.info(listened)["output"]["stdout"]["end_offset"]
         wait_until(lambda: unix.info(listened)["output"]["stdout"]["end_offset"] > end)
         return pushed() == at
     wait_until(is_over, what="the end of the subscription to arrive")
@@ -284,6 +283,24 @@ def test_a_high_water_mark_of_one(start_server: Callable[..., Server]) -> None:
             assert chunk["bytes"] == 10
         finally:
             sub.close()
+
+
+def test_a_lost_tail_shows_when_the_stream_is_quiet(start_server: Callable[..., Server]) -> None:
+    """Not only at the next heartbeat, which is an hour away."""
+    server = start_server("--pub-hwm", "1", "--status-update-interval-secs", "3600")
+    with LineWire(server.socket_path) as wire:
+        for ends in ("", "; sleep 1000") * 3:
+            burst = wire.spawn("", ready=False, command=["/bin/sh", "-c", f"read x; head -c 3000000 /dev/zero{ends}"])
+            sub = RawSubscriber(server.pub_endpoint, f"{burst}.stdout".encode())
+            try:
+                sub.frame(), sub.frame()
+                wire.control(burst, "write_stdin", data="go\n")
+                event = {"next_offset": 0, "eof": False}
+                while (event["next_offset"], event["eof"]) != (3_000_000, not ends):
+                    sub.frame()
+                    event = json.loads(sub.frame())
+            finally:
+                sub.close()
 
 
 def test_a_slow_subscriber_slows_nobody(shared: Server, unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
