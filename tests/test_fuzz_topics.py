@@ -197,7 +197,8 @@ def test_half_open_subscribers(honest: Honest) -> None:
 def test_subscribe_requests_of_every_kind(honest: Honest) -> None:
     rng = honest.rng
     odd: list[object] = [None, True, 0, -1, 1.5, "", "status.", {}, [None], [[]], ["\0"], ["\ud800"], ["x" * 512],
-                         ["x" * 513], ["status."] * 10_000, ["a"] * 10_001, [""], [new_id() + ".stdout"], 2 ** 63, 2 ** 70]
+                         ["x" * 513], ["status."] * 10_000, ["a"] * 10_001, [""], [new_id() + ".stdout"], 2 ** 63,
+                         2 ** 70]
     with LineWire(honest.server.socket_path) as wire:
         for _ in range(500):
             fields = {name: rng.choice(odd) for name in ("topics", "since", "announce") if rng.random() < 0.7}
