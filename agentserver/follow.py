@@ -54,6 +54,7 @@ class Hints:
         self._listening, self._listen_at = False, 0.0
         self._quiet_secs = _QUIET_BEATS * _BEAT_SECS
         self._waited = 0.0                        # in vain for a word of anybody
+        self._heard = False                       # anything, since listening began
         #: the newest event when listening began, where the server says so
         self.sequence: Optional[int] = None
 
@@ -87,7 +88,7 @@ class Hints:
             self._cut(_BLIND_SECS)
             return
         self._quiet_secs = _QUIET_BEATS * _number(metadata.get("status_update_interval_secs"), _BEAT_SECS)
-        self._listening, self._waited, self.sequence = True, 0.0, reply.get("sequence")
+        self._listening, self._heard, self._waited, self.sequence = True, False, 0.0, reply.get("sequence")
         self._unsure = {} if reply else dict.fromkeys(self._due, _FIRST_LOOK)
         self._all_due()
 
@@ -95,7 +96,7 @@ class Hints:
         try:
             event: Optional[Json] = yield Hear(timeout)
         except AgentServerError:
-            self._cut(0.0)
+            self._cut(0.0 if self._heard else _BLIND_SECS)
             return None
         if event:
             self._note(event)
@@ -106,7 +107,7 @@ class Hints:
         return None
 
     def _note(self, event: Json) -> None:
-        self._waited = 0.0
+        self._heard, self._waited = True, 0.0
         key, now = event.get("agent_id") or _SERVER, self._calls.clock()
         if now < self._lost_at.get(key, 0.0) + _LOSSY_SECS:
             self._look_after(key, _FIRST_LOOK)

@@ -104,7 +104,7 @@ def kill_shell(server: Server) -> None:
 def test_shells_die_followers_sleep_and_marks_are_one(start_server: Callable[..., Server], tmp_path: Path,
                                                       follow: Callable[..., Follower]) -> None:
     """The hash of what each follower was given is the hash of what each agent wrote; the events are all events."""
-    server = start_server("--pub-hwm", FEW)
+    server = start_server("--pub-hwm", FEW, "--status-update-interval-secs", "0.5")
     with LineWire(server.socket_path) as wire:
         agents = {}
         for rate in (300, 3000, 30_000):
@@ -139,7 +139,7 @@ def test_asleep_while_far_more_is_written_than_any_queue_holds(start_server: Cal
                                                                follow: Callable[..., Follower],
                                                                how: tuple[str, str]) -> None:
     """One follower sleeps from the start to after the end; another one, which listens to the same, does not."""
-    server = start_server("--backlog-bytes", "65536", "--pub-hwm", "10")
+    server = start_server("--backlog-bytes", "65536", "--pub-hwm", "10", "--status-update-interval-secs", "0.5")
     with LineWire(server.socket_path) as wire:
         sums = tmp_path / "sums"
         noisy = wire.spawn("", ready=False, command=[

@@ -287,6 +287,24 @@ def test_a_high_water_mark_of_one(start_server: Callable[..., Server]) -> None:
             sub.close()
 
 
+def test_a_lost_tail_shows_when_the_stream_is_quiet(start_server: Callable[..., Server]) -> None:
+    """Not only at the next heartbeat, which is an hour away."""
+    server = start_server("--pub-hwm", "1", "--status-update-interval-secs", "3600")
+    with LineWire(server.socket_path) as wire:
+        for ends in ("", "; sleep 1000") * 3:
+            burst = wire.spawn("", ready=False, command=["/bin/sh", "-c", f"read x; head -c 3000000 /dev/zero{ends}"])
+            sub = RawSubscriber(server.pub_endpoint, f"{burst}.stdout".encode())
+            try:
+                sub.frame(), sub.frame()
+                wire.control(burst, "write_stdin", data="go\n")
+                event = {"next_offset": 0, "eof": False}
+                while (event["next_offset"], event["eof"]) != (3_000_000, not ends):
+                    sub.frame()
+                    event = json.loads(sub.frame())
+            finally:
+                sub.close()
+
+
 def test_a_slow_subscriber_slows_nobody(shared: Server, unix: LineWire, subscribe: Callable[..., Subscriber]) -> None:
     told = unix.spawn("", command=["/bin/sh", "-c", "echo ready; read x; seq 1 300000; sleep 1000"])
     topic = f"{told}.stdout"

@@ -26,8 +26,9 @@ zmq = pytest.importorskip("zmq")
 
 from agentserver import AgentServer, ServerConfig  # noqa: E402
 from agentserver.core.link import socket_path  # noqa: E402
-from agentserver.errors import StartError  # noqa: E402
+from agentserver.errors import LinkError, StartError  # noqa: E402
 from agentserver.shell import endpoints  # noqa: E402
+from agentserver.shell.link import ZmqLink  # noqa: E402
 from agentserver.shell.monitor import Topics  # noqa: E402
 from agentserver.wire import encode  # noqa: E402
 
@@ -312,6 +313,31 @@ def test_a_second_listener_is_announced_too(served: Served) -> None:
             sub = open_sockets.enter_context(served.socket(zmq.SUB, served.server.pub_endpoint))
             sub.subscribe(f"{ID}.stderr")
             wait_until(lambda n=count: sum(f"{ID}.stderr" in m["announce"] for m in subscriptions(served.core)) == n)
+
+
+def test_every_topic_is_subscribed_to_however_small_the_queue(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libzmq drops subscriptions in silence where it may not queue as many."""
+    monkeypatch.setattr(ZmqLink, "queued_events", 1)
+    link = ZmqLink(served.server.endpoint)
+    try:
+        topics = [f"status.{n}" for n in range(1500)]
+        link.subscribe(topics, endpoint=served.server.pub_endpoint)
+        wait_until(lambda: subscriptions(served.core)
+                   and subscriptions(served.core)[-1]["topics"] == sorted(topics))
+    finally:
+        link.close()
+
+
+def test_nobody_at_the_publishing_port_is_an_error_not_silence(served: Served) -> None:
+    link = ZmqLink(served.server.endpoint)
+    try:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))
+            link.subscribe(["status."], endpoint=f"tcp://127.0.0.1:{nobody.getsockname()[1]}")
+            with pytest.raises(LinkError):
+                link.next_event(20)
+    finally:
+        link.close()
 
 
 def test_wild_subscriptions_do_no_harm(served: Served) -> None:

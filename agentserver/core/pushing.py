@@ -7,7 +7,8 @@ Unaware: of pipes and processes; it is told that a stream has grown or ended.
 Nothing waits in memory: what was not pushed yet is in the file. So an agent is recorded at its own
 speed, whoever listens, and a listener that is slower for a while is behind, not cut off. Only one
 that is slower than another listener of the same stream loses something, or one that falls so far
-behind that the oldest output is dropped. Both show in the offsets.
+behind that the oldest output is dropped. Both show in the offsets; and after so many messages that
+some may have been dropped further on, the last offset is told once more when the stream is quiet.
 """
 from __future__ import annotations
 
@@ -16,19 +17,22 @@ from typing import Callable
 
 from .feed import Feed
 from .output import OutputLog, OutputRead
+from .reactor import Reactor
 
 PUSH_BYTES = 32 * 1024  # of a stream in one message: `pub_hwm` of them are what a listener that sleeps can cost
 SLICE_SECS = 0.0005     # of a turn
+QUIET_SECS = 0.2        # after the last of many messages
 
 
 class _Stream:
     """Where the pushing of one stream stands."""
 
-    __slots__ = ("agent_id", "name", "over", "output", "shown")
+    __slots__ = ("agent_id", "count", "name", "over", "output", "shown")
 
     def __init__(self, agent_id: str, name: str, output: OutputLog, shown: int) -> None:
         self.agent_id, self.name, self.output, self.shown = agent_id, name, output, shown
         self.over = False   # its end is to be told
+        self.count = 0      # of messages since it was quiet
 
     @property
     def end(self) -> int:
@@ -36,10 +40,10 @@ class _Stream:
 
 
 class Pushing:
-    """See the module."""
+    """See the module. `few` messages are never dropped further on."""
 
-    def __init__(self, feed: Feed, clock: Callable[[], float] = time.monotonic) -> None:
-        self._feed, self._clock = feed, clock
+    def __init__(self, feed: Feed, reactor: Reactor, few: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._feed, self._reactor, self._few, self._clock = feed, reactor, few, clock
         self._streams: dict[str, _Stream] = {}
         self._due: dict[str, None] = {}  # topics with something to push, in the order of their turns
 
@@ -123,9 +127,26 @@ class Pushing:
         stream.shown = got.offset + len(data)
         if last or stream.shown > before:  # also without data: bytes that could not be recorded
             self._feed.output(stream.agent_id, stream.name, data, got.offset, last)
-        if last:
+            stream.count += 1
+        if got.next_offset < end:
+            return True
+        if stream.count > self._few:
+            self._mark_later(topic, stream)
+        elif last:
             self._forget(topic)
-        return got.next_offset < end
+        return False
+
+    def _mark_later(self, topic: str, stream: _Stream) -> None:
+        stream.count = 0
+        at = (stream.shown, stream.over)
+
+        def mark() -> None:
+            """Say again where the stream stands, if nothing else has said more."""
+            if self._streams.get(topic) is stream and (stream.shown, stream.over) == at:
+                self._feed.output(stream.agent_id, stream.name, b"", *at)
+                if stream.over:
+                    self._forget(topic)
+        self._reactor.after(QUIET_SECS, mark)
 
 
 def _read(stream: _Stream, end: int) -> OutputRead:

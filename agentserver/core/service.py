@@ -60,7 +60,7 @@ class Service:
         self._config = self._named(config)
         self.facts = Facts(self._config, started)
         feed = Feed(self.registry, self.counters, self._config.server_id, self.facts.generation)
-        self._pushing = Pushing(feed)
+        self._pushing = Pushing(feed, self.reactor, config.pub_hwm // 4)
         self._keeper = Keeper(channel, started["keeper_pid"])
         self._last_words = LastWords("ends.jsonl")
         self._witness = Witness(os.path.join(config.state_dir, "spawning"))

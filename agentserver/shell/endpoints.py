@@ -24,8 +24,6 @@ from ..wire import MAX_WIRE, decode, encode
 QUEUED_EVENTS = 1000       # for a subscriber at its own end; beyond it messages are dropped, which followers notice
 _QUEUED_REPLIES = 100      # per peer; a REQ peer has one outstanding
 _SUBSCRIPTION_BYTES = 1024  # at most; who sends a longer one is cut off by libzmq
-_ALIVE_MS = 10_000         # how often a subscriber asks whether the server is still there
-_GONE_MS = 30_000          # without an answer for so long, a subscriber connects anew, and a server lets go of one
 _UNREAD_MS = 60_000        # a subscriber of any kind that takes nothing for so long is let go of
 
 
@@ -71,13 +69,15 @@ def dealer_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
 
 
 def sub_socket(context: zmq.Context[Any], queued: int = QUEUED_EVENTS) -> zmq.Socket[Any]:
-    """Return a client's listening socket. It says nothing by itself, so without heartbeats it would not notice that
-    the other end has gone."""
+    """Return a client's listening socket, for one connection: when that is lost, it is to be replaced.
+
+    libzmq (4.3.5 and before) aborts the process when a connection is made anew below a queue that was full: its
+    issue 3937. So it may not do that by itself, and must not use heartbeats of its own, which cut such a connection.
+    Subscriptions beyond its SNDHWM would be dropped in silence, so it has none: they are as many as we make.
+    """
     sock = _socket(context, zmq.SUB, queued, MAX_WIRE)
-    sock.setsockopt(zmq.SNDHWM, 0)  # what it sends are its subscriptions, and libzmq drops those beyond the mark
-    sock.setsockopt(zmq.HEARTBEAT_IVL, _ALIVE_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_MS)
-    sock.setsockopt(zmq.HEARTBEAT_TTL, _GONE_MS)
+    sock.setsockopt(zmq.SNDHWM, 0)
+    sock.setsockopt(zmq.RECONNECT_IVL, -1)
     return sock
 
 

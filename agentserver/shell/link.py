@@ -153,12 +153,13 @@ def listening(context: zmq.Context[Any], endpoint: str, topics: Sequence[str], q
     sub = sub_socket(context, queued)
     for topic in topics:
         sub.setsockopt(zmq.SUBSCRIBE, topic.encode())
+    monitor_of(sub)  # before it connects, so that it cannot miss that nobody is there
     return connected(sub, endpoint)
 
 
 def monitor_of(sub: zmq.Socket[Any]) -> zmq.Socket[Any]:
-    """Return a socket that gets a message when the other's connection was lost."""
-    monitor: zmq.Socket[Any] = sub.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+    """Return the socket that gets a message when the other's connection was lost, or could not be made."""
+    monitor: zmq.Socket[Any] = sub.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
     return monitor
 
 
