@@ -207,6 +207,31 @@ def test_unknown_fields_of_a_newer_version_are_kept(start_server: Callable[..., 
     assert record["from_the_future"] == {"kept": True}
 
 
+def test_a_registry_of_the_first_version_is_taken_over(start_server: Callable[..., Server]) -> None:
+    """Its agents had a column more, and there was no table of what was begun."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        ref = wire.spawn("exit_with", 1)
+        wire.ended(ref)
+    server.close()
+    with sqlite3.connect(str(server.state_dir / "registry.db")) as db:
+        db.executescript("""
+            DROP TABLE begun;
+            ALTER TABLE agents RENAME TO later;
+            CREATE TABLE agents (id TEXT PRIMARY KEY, created REAL, finished REAL, request_id TEXT, spec TEXT, record TEXT);
+            CREATE INDEX agents_by_request ON agents (request_id);
+            INSERT INTO agents SELECT id, created, finished, '"r"', spec, record FROM later;
+            DROP TABLE later;
+            PRAGMA user_version = 1;""")
+    db.close()
+    again = start_server(state_dir=server.state_dir)
+    with LineWire(again.socket_path) as wire:
+        wire.control(ref, "restart")
+        wait_until(lambda: wire.info(ref)["attempt"] == 2 and wire.status(ref) == "failed")
+        wire.ended(wire.spawn("exit_with", 0))
+        assert len(wire.agents(all=True)) == 2
+
+
 def test_a_bad_spec_costs_only_what_needs_it(start_server: Callable[..., Server]) -> None:
     server = start_server()
     with LineWire(server.socket_path) as wire:

@@ -27,6 +27,7 @@ from .witness import Witness
 STRANGER_TRIES = 50
 UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
 AGAIN_SECS = 0.5   # between two tries to begin what was asked for, while the registry cannot be written
+HANDED_SECS = 0.02  # between two looks at whether a dead process's children have been handed over
 LOOK_SECS = 1.0    # between two looks at a leader where the system has no pidfd
 UNKNOWN = process.Ended(None, None, None, None)
 
@@ -144,10 +145,29 @@ class Adoption:
     # ------------------------------------------------------------ leaders that are nobody's child of ours
 
     def keeper_lost(self) -> None:
-        """The keeper has died: of what it had adopted, init is the parent now."""
+        """The keeper has died: of what it had adopted, init is the parent now, or will be in a moment. What the keeper
+        knew and did not tell nobody knows any more."""
         for agent in self._supervisor.live:
-            if agent.adopted:
-                self._watch_stranger(agent)
+            run, pid = agent.run, agent.pid
+            if agent.adopted and run is not None and run.ended is None and run.pidfd is None and pid is not None:
+                fd, proc = pidfd.open_pidfd(pid), tree.look(pid)
+                there = proc is not None and proc.start == agent.start
+                if fd >= 0 and there:
+                    self._watch_pidfd(agent, fd)
+                elif fd >= 0:
+                    os.close(fd)
+                if fd < 0 or not there:
+                    self._look_again(agent, run)
+                self._foster_after(agent, self._keeper.pid)
+
+    def _foster_after(self, agent: Agent, dead: int) -> None:
+        """Note who took in a leader, or else what it left, once its dead parent has handed them over."""
+        proc = tree.look(agent.pid or 0)
+        left = [proc] if proc is not None and proc.start == agent.start else tree.marked().get(agent.id, [])
+        if any(proc.parent == dead for proc in left):
+            self._reactor.after(HANDED_SECS, lambda: self._foster_after(agent, dead))
+        else:
+            self._foster(left)
 
     def _watch_stranger(self, agent: Agent) -> None:
         """Watch a leader by pidfd when neither we nor the keeper are its parent, so that nobody tells us of its end."""

@@ -33,6 +33,7 @@ from .part import Part, can_start
 from .renew import become, stamp
 
 WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
+ADOPT_SECS = 10.0            # for a core that is just beginning, or ending, to answer a keeper that found it
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
 
 
@@ -103,19 +104,29 @@ class Keeper:
 
     def _adopt(self) -> None:
         """If a core is there that lost its keeper, be its keeper. It gives us copies of all it holds."""
-        state_dir = self._config.state_dir
-        if not held_by_another(os.path.join(state_dir, "core.lock")):
+        until = time.monotonic() + ADOPT_SECS
+        while held_by_another(os.path.join(self._config.state_dir, "core.lock")):
+            try:
+                word = self._call()
+                break
+            except (AgentServerError, OSError, EOFError):  # it is just beginning, or ending
+                if time.monotonic() >= until:
+                    raise StartError(f"{self._config.state_dir} is held by a core that does not answer; see core.log "
+                                     "there") from None
+                time.sleep(ADOPT_SECS / 100)
+        else:
             return
-        try:
-            sock = dial(os.path.join(state_dir, "core.sock"))
-            sock.sendall(KEEPER)
-            word = self._core.adopt(sock)
-            self._held.drop()
-        except (AgentServerError, OSError, EOFError):
-            raise StartError(f"{state_dir} is held by a core that does not answer; see core.log there") from None
         self._started_at, self._generation = float(word["started_at"]), int(word["generation"])
         if self._shell is not None:
             self._shell.endpoints = {k: v for k, v in word["shell"].items() if k.endswith("endpoint")}
+
+    def _call(self) -> Json:
+        """Become the keeper of the core that is there; return what it says of the server."""
+        sock = dial(os.path.join(self._config.state_dir, "core.sock"))
+        sock.sendall(KEEPER)
+        word = self._core.adopt(sock)
+        self._held.drop()
+        return word
 
     def _hello(self, **more: object) -> Json:
         return {"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,

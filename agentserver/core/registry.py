@@ -21,7 +21,7 @@ from ..errors import RequestError, StartError
 from ..wire import Json, encode_text
 from ..wire import decode as decode_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: agents had a request_id, and there was no table begun
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta     (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS agents   (id TEXT PRIMARY KEY, created REAL, finished REAL, spec TEXT, record TEXT);
@@ -30,6 +30,7 @@ CREATE TABLE IF NOT EXISTS attempts (agent_id TEXT, attempt INTEGER, record TEXT
 CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, at REAL, digest BLOB, agent_id TEXT, reply BLOB);
 CREATE INDEX IF NOT EXISTS requests_by_time  ON requests (at);
 CREATE INDEX IF NOT EXISTS requests_by_agent ON requests (agent_id);
+DROP INDEX IF EXISTS agents_by_request;
 CREATE TABLE IF NOT EXISTS begun    (request_id TEXT, agent_id TEXT, at REAL, digest BLOB,
                                      PRIMARY KEY (request_id, agent_id));
 CREATE TABLE IF NOT EXISTS events   (sequence INTEGER PRIMARY KEY, at REAL, agent_id TEXT, message TEXT);
@@ -170,8 +171,8 @@ class Registry:
 
     def add_agent(self, agent_id: str, created: float, spec: Json, record: Json) -> None:
         """Remember a new agent."""
-        self._write("INSERT INTO agents VALUES (?, ?, NULL, ?, ?)", agent_id, created, encode_text(spec),
-                    encode_text(record))
+        self._write("INSERT INTO agents (id, created, spec, record) VALUES (?, ?, ?, ?)", agent_id, created,
+                    encode_text(spec), encode_text(record))
 
     def save_agent(self, agent_id: str, finished: float | None, record: Json) -> None:
         """Remember how an agent is now."""
