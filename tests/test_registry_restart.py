@@ -218,7 +218,8 @@ def test_a_registry_of_the_first_version_is_taken_over(start_server: Callable[..
         db.executescript("""
             DROP TABLE begun;
             ALTER TABLE agents RENAME TO later;
-            CREATE TABLE agents (id TEXT PRIMARY KEY, created REAL, finished REAL, request_id TEXT, spec TEXT, record TEXT);
+            CREATE TABLE agents (id TEXT PRIMARY KEY, created REAL, finished REAL, request_id TEXT,
+                                 spec TEXT, record TEXT);
             CREATE INDEX agents_by_request ON agents (request_id);
             INSERT INTO agents SELECT id, created, finished, '"r"', spec, record FROM later;
             DROP TABLE later;

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -310,7 +311,7 @@ def test_a_broken_new_version_leaves_the_old_one_serving(start_server: Callable[
     for file, broken in (("core/service.py", "raise RuntimeError('broken')\n"),
                          ("core/registry.py", "SCHEMA_VERSION = 0  # older than what is on disk\n")):
         good = (package / file).read_text()
-        (package / file).write_text(good.replace("SCHEMA_VERSION = 1\n", broken) if "SCHEMA" in broken else broken)
+        (package / file).write_text(re.sub("SCHEMA_VERSION = .*\n", broken, good) if "SCHEMA" in broken else broken)
         by_request(server)
         why = wait_until(lambda: server.ask({"type": "health_check_request"})["metadata"]["reload_failed"],
                          what="the reload to fail")
