@@ -163,8 +163,7 @@ class Supervisor:
         if not trouble and not self.registry.begin(ask, agent.id):  # then known: our death leaves no ghost, no double
             trouble = self.registry.trouble
         if trouble:
-            raise RequestError(f"the server cannot write down what it starts ({trouble}); make room on its disk",
-                               "unavailable")
+            raise RequestError(_no_disk(trouble), "unavailable")
         directory = self.directory(agent.id)
         _write_files(directory, launch.files)
         environment = {**launch.environment_in(directory), tree.MARK: agent.id}
@@ -247,8 +246,16 @@ class Supervisor:
             self.stop(agent, ask, grace_secs, want="restart")
             return agent.attempt + 1
         self.check_room()
+        self._check_disk(agent)
         self._again(agent, ask)
         return agent.attempt
+
+    def _check_disk(self, agent: Agent) -> None:
+        """Refuse a restart that could not be written down, before anything of it is done."""
+        self.save(agent)
+        trouble = self._witness.expect(agent.id) or ("" if self.registry.commit() else self.registry.trouble)
+        if trouble:
+            raise RequestError(_no_disk(trouble), "unavailable")
 
     def _again(self, agent: Agent, ask: Ask) -> None:
         self.ending.close(agent)
@@ -507,6 +514,10 @@ class Supervisor:
                 tree.send(proc, SIGKILL)
             self.announce("down")
             self._on_down()
+
+
+def _no_disk(trouble: str) -> str:
+    return f"the server cannot write down what it starts ({trouble}); make room on its disk"
 
 
 def _write_files(directory: str, files: Mapping[str, str]) -> None:

@@ -250,7 +250,11 @@ class Hand(threading.Thread):
         return self.signal("keeper", signal.SIGHUP)
 
     def _kill_keeper(self) -> bool:
-        """Kill the keeper; perhaps something else before a new serve comes."""
+        """Kill the keeper, while there is a core that has everything; perhaps something else before a new serve comes."""
+        try:
+            self.server.ask({"type": "health_check_request"})
+        except (OSError, ValueError):
+            return False  # all of us dead at once is another promise
         if not self.signal("keeper", signal.SIGKILL):
             return False
         core = self.part("core")
