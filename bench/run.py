@@ -20,12 +20,13 @@ from capturing import Capture
 from enduring import Killed, Malformed
 from footprint import Footprint, Launch
 from harness import BenchError
+from keystrokes import Keys
 from spawning import Spawn
 from table import HEADS, Benchmark, Result, lines, measure, text
 from telling import Exit, Lines
 
-BENCHMARKS: Tuple[Type[Benchmark], ...] = (Requests, Flood, Status, Spawn, Exit, Lines, Capture, Launch, Malformed,
-                                           Killed, Footprint)
+BENCHMARKS: Tuple[Type[Benchmark], ...] = (Requests, Flood, Status, Spawn, Exit, Lines, Keys, Capture, Launch,
+                                           Malformed, Killed, Footprint)
 
 
 def arguments() -> argparse.Namespace:

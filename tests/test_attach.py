@@ -22,7 +22,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from person import ANSWER, Person
-from support import MAIN, ROOT, Server, agent, clean_environ, wait_until
+from support import MAIN, ROOT, Server, agent, clean_environ, wait_until, without_ssh
 from test_faults import back
 from wire import process_state
 
@@ -37,9 +37,11 @@ class Place:
     """A server, and people who come to it."""
 
     def __init__(self, server: Server, link: str) -> None:
-        self.server, self.address = server, server.address(link)
-        self.environ = clean_environ(server.state_dir, {"AGENTSERVER_SERVER": self.address, "PS1": "inner$ "})
-        self.client = AgentClient(self.address)
+        self.server = server
+        address = f"ssh://machine{server.state_dir}" if link == "ssh" else server.address(link)
+        self.environ = clean_environ(server.state_dir, {
+            **without_ssh(server.mark), "AGENTSERVER_SERVER": address, "PS1": "inner$ "})
+        self.client = AgentClient(server.address("unix" if link == "ssh" else link))
         self._leaving = contextlib.ExitStack()
 
     def person(self, *args: str, **options: Any) -> Person:
@@ -68,9 +70,9 @@ class Place:
         self.client.close()
 
 
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["unix", "tcp", "ssh"])
 def place(request: pytest.FixtureRequest, shared: Server) -> Iterator[Place]:
-    """A shared server over both links."""
+    """A shared server over each link."""
     found = Place(shared, request.param)
     yield found
     found.close()
@@ -414,7 +416,7 @@ def test_what_makes_no_sense_is_refused(near: Place) -> None:
 
 # ---------------------------------------------------------------- deaths of the server
 
-@pytest.mark.parametrize("own", ["unix", "tcp"], indirect=True)
+@pytest.mark.parametrize("own", ["unix", "tcp", "ssh"], indirect=True)
 def test_keys_typed_while_the_server_dies_arrive_once(own: Place) -> None:
     ref = own.spawn(*agent("raw"))
     me = own.person("attach", ref.id)
@@ -434,6 +436,13 @@ def test_keys_typed_while_the_server_dies_arrive_once(own: Place) -> None:
     me.until(f"{len(typed)} {hashlib.sha256(typed).hexdigest()}")
     assert me.end() == 0
     me.assert_as_before()
+
+
+def test_ssh_asks_for_no_password_while_keys_go_to_an_agent(near: Place) -> None:
+    script = ("import sys, tty; from agentserver.core import ssh; print('asks', ssh.may_ask()); tty.setraw(0);"
+              "print('asks', ssh.may_ask(), end='\\r\\n'); sys.stdout.flush()")
+    me = near.person(program=(sys.executable, "-c", script))
+    assert me.end() == 0 and me.vt.lines()[:2] == ["asks True", "asks False"]
 
 
 # ---------------------------------------------------------------- much

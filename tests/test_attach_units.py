@@ -10,7 +10,7 @@ import pytest
 from vt import Vt
 
 from agentserver.cli import redraw
-from agentserver.cli.detach import Keys, name_keys, read_keys
+from agentserver.cli.detach import Keys, read_keys
 from agentserver.cli.escapes import Modes, quiet
 
 # ---------------------------------------------------------------- the keys that detach
@@ -26,10 +26,6 @@ def test_keys_are_read_as_people_write_them(text: str, keys: bytes) -> None:
 def test_what_is_no_key_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no key"):
         read_keys(text)
-
-
-def test_keys_have_names() -> None:
-    assert name_keys(b"\x10\x11") == "Ctrl-P Ctrl-Q" and name_keys(b"\x1dx") == "Ctrl-] x"
 
 
 def typed(*pieces: bytes, keys: bytes = b"\x10\x11") -> tuple[bytes, bool]:

@@ -40,11 +40,6 @@ def _read_key(word: str) -> bytes:
                      "ctrl-p,ctrl-q, or none")
 
 
-def name_keys(keys: bytes) -> str:
-    """Return keys as a person calls them: Ctrl-P Ctrl-Q."""
-    return " ".join(f"Ctrl-{chr(key | 0x40)}" if key < 32 else chr(key) for key in keys)
-
-
 class Keys:
     """What is typed, without the keys that detach."""
 
