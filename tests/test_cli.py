@@ -632,7 +632,7 @@ def test_send_to_a_terminal_presses_return(cli: Cli) -> None:
     ref = cli.run("spawn", "--stdin", "pty", "--", *agent("raw"))[0].strip()
     with LineWire(cli.server.socket_path) as wire:
         wire.until_output(ref, b"ready\n")
-    assert "24 rows, 80 columns" in cli.run("info", ref)[0] and "is a terminal" in cli.run("why", ref)[0]
+    assert "24 rows, 80 columns" in cli.run("info", ref)[0] and "runs on a terminal" in cli.run("why", ref)[0]
     cli.run("send", ref, "some", "words")
     cli.run("send", ref, "--eof")
     cli.run("wait", ref)

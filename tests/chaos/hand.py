@@ -250,7 +250,7 @@ class Hand(threading.Thread):
         return self.signal("keeper", signal.SIGHUP)
 
     def _kill_keeper(self) -> bool:
-        """Kill the keeper while there is a core that has everything; perhaps something else before a new serve comes."""
+        """Kill the keeper while there is a core that has everything; perhaps more happens before a new serve comes."""
         try:
             self.server.ask({"type": "health_check_request"})
         except (OSError, ValueError):
