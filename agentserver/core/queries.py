@@ -35,12 +35,12 @@ Answered = Callable[[Union[bytes, RequestError]], None]
 class _Query:
     """One question, and the process that works on it once there is one."""
 
-    __slots__ = ("answered", "by", "late", "parts", "pid", "question", "sock", "timer", "watch")
+    __slots__ = ("answered", "by", "parts", "pid", "question", "sock", "timer", "until", "watch")
 
     def __init__(self, question: bytes, by: str, answered: Answered) -> None:
         self.question, self.by, self.answered = question, by, answered
         self.parts: list[bytes] = []   # of the answer
-        self.pid, self.late = 0, False
+        self.pid, self.until = 0, 0.0
         self.sock: socket.socket | None = None
         self.watch: Watch | None = None
         self.timer: Timer | None = None
@@ -88,11 +88,15 @@ class Queries:
         ours.setblocking(False)
         query.sock = ours
         query.watch = self._reactor.watch(ours.fileno(), READ, lambda _mask: self._read(query), bulk=True)
-        query.timer = self._reactor.after(self._pattern_secs + LIFE_SECS, lambda: self._too_late(query))
+        query.until = self._reactor.clock() + self._pattern_secs + LIFE_SECS
+        query.timer = self._reactor.at(query.until, lambda: self._kill(query))
         tree.unshield(query.pid)
         self._children[query.pid] = lambda ended: self._ended(query, ended)
         self._running.add(query)
         self._tell(query)
+
+    def _kill(self, query: _Query) -> None:
+        process.send(query.pid, signal.SIGKILL)  # not reaped yet, or it would not be among those that run
 
     def _tell(self, query: _Query) -> None:
         assert query.sock is not None
@@ -117,10 +121,6 @@ class Queries:
         query.parts.append(data)
         return bool(data)
 
-    def _too_late(self, query: _Query) -> None:
-        query.late = True
-        process.send(query.pid, signal.SIGKILL)
-
     def _ended(self, query: _Query, ended: Ended) -> None:
         """The process was reaped: what it said is in the socket, to the end."""
         while self._read(query):
@@ -136,14 +136,14 @@ class Queries:
         said = b"".join(query.parts)
         if ended.code == 0:
             return said[len(FOUND):] if said.startswith(FOUND) else _refusal(said[len(FOUND):])
+        if self._reactor.clock() >= query.until:  # ended by our timer, or if we stood still by its own
+            return RequestError(f"the output could not be read within {LIFE_SECS:g} s; ask again, or read it in parts "
+                                "with read_stdout or read_stderr", "timeout")
         if ended.signal == signal.SIGALRM:
             return RequestError(
                 f"the pattern was still at work after {self._pattern_secs:g} s (pattern_timeout_secs); narrow it: give "
                 "it a plain word to look for, and no repeats within repeats such as (a+)+; or ask for one stream only",
                 "pattern_too_slow")
-        if query.late:
-            return RequestError(f"the output could not be read within {LIFE_SECS:g} s; ask again, or read it in parts "
-                                "with read_stdout or read_stderr", "timeout")
         how = f"by {process.signal_name(ended.signal)}" if ended.signal else f"with exit code {ended.code}"
         return RequestError(f"the process that searched the output ended {how} before it was done; ask again",
                             "unavailable")
@@ -174,7 +174,7 @@ class Queries:
         """Nobody wants this answer any more."""
         query.answered = lambda result: None
         if query in self._running:
-            process.send(query.pid, signal.SIGKILL)  # not reaped yet, or it would not be among those
+            self._kill(query)
         else:
             self._leave(query)
 
