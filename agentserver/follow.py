@@ -432,19 +432,22 @@ class _Lines:
     """Cuts lines from pieces of output. A gap ends a line: what comes after it belongs to another one."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest: List[bytes] = []  # of a line whose end has not come
 
     def cut(self, item: Any) -> Iterator[str]:
         """Yield the lines that a piece completes."""
         if isinstance(item[2], OutputDropped):
             yield from self.rest()
-        *whole, self._rest = (self._rest + item[2].data).split(b"\n")
+        *whole, last = item[2].data.split(b"\n")
         for line in whole:
+            line, self._rest = b"".join((*self._rest, line)), []
             yield line.decode("utf-8", "replace")
+        if last:
+            self._rest.append(last)
 
     def rest(self) -> Iterator[str]:
         """Yield the unfinished last line, if any."""
-        rest, self._rest = self._rest, b""
+        rest, self._rest = b"".join(self._rest), []
         if rest:
             yield rest.decode("utf-8", "replace")
 

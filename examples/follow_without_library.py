@@ -162,6 +162,8 @@ def follow(link: Link, agent: str, directory: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit("usage: follow_without_library.py ENDPOINT AGENT DIRECTORY")
     try:
         follow(Link(sys.argv[1]), *sys.argv[2:4])
     except KeyboardInterrupt:

@@ -55,6 +55,8 @@ class LineLink(Link):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit("usage: follow_without_zeromq.py STATE_DIRECTORY/core.sock AGENT DIRECTORY")
     try:
         follow(LineLink(sys.argv[1]), *sys.argv[2:4])
     except KeyboardInterrupt:

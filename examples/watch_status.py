@@ -14,6 +14,8 @@ import zmq
 
 def main() -> int:
     """Print one line per change of status."""
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: watch_status.py PUB_ENDPOINT [COUNT]")
     endpoint, left = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else -1
     with zmq.Context() as context, context.socket(zmq.SUB) as updates:
         updates.setsockopt(zmq.LINGER, 0)
@@ -25,7 +27,7 @@ def main() -> int:
             update = json.loads(body)
             if update["type"] == "server_update":
                 print(f"the server is {update['state']} with {update['active_agents']} agents", flush=True)
-            elif update["update_type"] == "status_changed":
+            elif update["update_type"] not in ("heartbeat", "output_available"):
                 print(f"{update['sequence']:6d} {update['agent_id'][:8]} {update['status']}", flush=True)
                 left -= 1
     return 0

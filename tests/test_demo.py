@@ -68,15 +68,21 @@ def test_async_client(server: Server, link: str) -> None:
 
 def test_watch_status(start_server: Callable[..., Server]) -> None:
     server = start_server("--status-update-interval-secs", "0.1")
-    watching = subprocess.Popen([sys.executable, str(EXAMPLES / "watch_status.py"), server.pub_endpoint, "1"],
+    watching = subprocess.Popen([sys.executable, str(EXAMPLES / "watch_status.py"), server.pub_endpoint, "2"],
                                 env=clean_environ(server.state_dir), stdout=subprocess.PIPE, text=True)
     with watching as watcher:
         assert watcher.stdout is not None
         assert watcher.stdout.readline().startswith("the server is up")  # so the subscription is in
-        agent = server.ask({"type": "spawn_request", "config": {"command": ["cat"]}})["agent_info"]["id"]
+        agent = server.ask({"type": "spawn_request", "config": {"command": ["true"]}})["agent_info"]["id"]
         lines = [line for line in watcher.stdout if not line.startswith("the server is up")]
     assert watcher.returncode == 0
-    assert len(lines) == 1 and lines[0].split()[1:] == [agent[:8], "running"], lines
+    assert [line.split()[1:] for line in lines] == [[agent[:8], "running"], [agent[:8], "completed"]]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "demo.py"))
+def test_an_example_without_arguments_says_how_it_is_used(state_dir: Path, name: str) -> None:
+    done = run(state_dir, name)
+    assert done.returncode != 0 and "Traceback" not in done.stderr and name in done.stderr
 
 
 def test_an_example_without_a_server_ends_with_one_sentence(state_dir: Path) -> None:

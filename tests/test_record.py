@@ -309,7 +309,8 @@ def test_what_is_no_recording_is_said(state_dir: Path, text: str, sentence: Opti
 
 
 def test_a_file_that_is_not_there_is_said(state_dir: Path) -> None:
-    assert b"No such file" in Cli(None, state_dir)("replay", "/no/such/file", code=1)[1]
+    error = Cli(None, state_dir)("replay", "/no/such/file", code=1)[1]
+    assert b"(bad_request): /no/such/file cannot be read: No such file" in error
 
 
 # ---------------------------------------------------------------- replaying

@@ -62,7 +62,11 @@ class _Ended(Exception):
 
 @contextmanager
 def _source(path: str) -> Iterator[IO[bytes]]:
-    with open(sys.stdin.fileno(), "rb", closefd=False) if path == "-" else open(path, "rb") as source:
+    try:
+        source = open(sys.stdin.fileno(), "rb", closefd=False) if path == "-" else open(path, "rb")
+    except OSError as e:
+        raise RequestError(f"{path} cannot be read: {e.strerror}") from None
+    with source:
         yield source
 
 
