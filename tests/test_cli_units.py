@@ -295,6 +295,8 @@ def test_the_parser_is_all_that_help_needs() -> None:
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
                             stderr=subprocess.PIPE, timeout=60)
     loaded = set(result.stderr.decode().split())
+    if sys.version_info < (3, 10):  # argparse asks shutil for the width, which brings bz2, which brought threading then
+        loaded.discard("threading")
     assert not loaded & {"zmq", "sqlite3", "socket", "threading", "agentserver.client",
                          "agentserver.core.keeper", "agentserver.core.serving"}
 

@@ -66,6 +66,7 @@ def test_a_life(client: AgentClient, shared_server: Server) -> None:
     page = client.events(agent=echo.id, limit=2)
     assert len(page.events) == 2 and page.more and page.next == page.events[-1]["sequence"] >= page.first_kept
     assert echo.restart()["attempt"] == 2
+    wait_until(lambda: echo.read(offset=16).data == b"ready\n", what="Python to be there before the signal is")
     assert echo.signal("INT")["signal_sent"] == "SIGINT"
     assert echo.wait(30).signal == "SIGINT"
     echo.remove()
