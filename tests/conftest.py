@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 for name in [name for name in os.environ if name.startswith("AGENTSERVER_")]:
     del os.environ[name]  # no test may meet the server of whoever runs the tests
+
+# who starts the tests in the background of a script has them, and all they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
