@@ -250,7 +250,8 @@ class Keeper:
         if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
             return
         self._renewing = False
-        if stamp(process.home()) == self._stamp:
+        found = stamp(process.home())
+        if found == self._stamp:
             return
         signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
         loads, waiting = can_start(), self._word_waits()
@@ -261,7 +262,7 @@ class Keeper:
         held, ends = self._held.state()
         state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
                  "log": self._log, "started_at": self._started_at, "generation": self._generation,
-                 "nofile": self._nofile, "core": self._core.state(), "held": held, "ends": ends,
+                 "nofile": self._nofile, "core": self._core.state(), "held": held, "ends": ends, "stamp": found,
                  "shell": self._shell.state() if self._shell is not None else None}
         fds = [fd for names in held.values() for fd in names.values()]
         channels = [part.channel.fileno() for part in parts if part.channel is not None]
@@ -278,6 +279,7 @@ class Keeper:
     def restore(self, state: Json) -> None:
         """Go on as the newer version of the keeper that wrote `state`."""
         self._started_at, self._generation, self._nofile = state["started_at"], state["generation"], state["nofile"]
+        self._stamp = tuple(state.get("stamp", self._stamp))  # what changed since then may not be what was imported
         self._core.restore(state["core"])
         if self._shell is not None:
             self._shell.restore(state["shell"])

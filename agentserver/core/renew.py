@@ -16,7 +16,7 @@ from typing import Iterable, NoReturn
 from .channel import Json
 
 
-def stamp(path: str) -> tuple[int, int, int]:
+def stamp(path: str) -> tuple[int, ...]:
     """Return what changes when a package directory, or the single file that holds it, is replaced."""
     if os.path.isfile(path):
         return 1, os.stat(path).st_size, os.stat(path).st_mtime_ns
