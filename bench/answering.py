@@ -89,7 +89,7 @@ class Requests(Benchmark):
             self._server = self._stack.enter_context(Server())
             reply = self._server.health()
         file = self._stack.enter_context(bare.sample(reply))
-        self._bare = self._stack.enter_context(bare.Served("rep", file))
+        self._bare = self._stack.enter_context(bare.Served("bare", "rep", file))
 
     def stop(self) -> None:
         self._stack.close()
@@ -130,7 +130,7 @@ class Flood(Benchmark):
 
     def start(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._bare = self._stack.enter_context(bare.Served("rep", self._stack.enter_context(bare.sample())))
+        self._bare = self._stack.enter_context(bare.Served("bare", "rep", self._stack.enter_context(bare.sample())))
         if not self.limits_only:
             self._server = self._stack.enter_context(Server())
 
@@ -186,7 +186,7 @@ class Status(Benchmark):
         """Serve a reply of the same size without a server behind it."""
         file = self._server.directory / f"{name}.json"
         file.write_bytes(self._server.client.ask(request(**fields)))
-        return self._stack.enter_context(bare.Served("rep", str(file)))
+        return self._stack.enter_context(bare.Served("bare", "rep", str(file)))
 
     def stop(self) -> None:
         self._stack.close()

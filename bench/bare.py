@@ -1,7 +1,7 @@
 """The raw limits: nothing but the mechanism itself, in as few lines as Python needs.
 
 Owns:    the bases that agentserver is measured against.
-Runs in: the benchmark process, or (`rep`, `relay`) a process of its own: `python bare.py rep FILE`.
+Runs in: the benchmark process, or (`rep`) a process of its own: `python bare.py rep FILE`.
 Unaware: of agentserver.
 """
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,6 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence
 LAST_WORDS = (sys.executable, "-S", "-E", "-c", "import os, time; os.write(1, b'ready\\n'); os.read(0, 1); "
                                                 "os.write(1, b'%d' % time.monotonic_ns()); os._exit(0)")
 READY = 6  # bytes of it that come first
-#: prints the time, line by line
-CLOCK = ("import os, sys, time\nos.read(0, 1)\n"
-         "for _ in range(int(sys.argv[1])):\n"
-         "    os.write(1, b'%d\\n' % time.monotonic_ns()); time.sleep(float(sys.argv[2]))\n")
 CHUNK = 65536
 SETTLE_SECS = 0.1  # for programs that were started to come to their first wait
 
@@ -62,6 +59,7 @@ def rep(sample: str) -> None:
     import zmq
     reply = json.loads(Path(sample).read_bytes())
     encode = json.JSONEncoder(separators=(",", ":")).encode
+    threading.Thread(target=lambda: os._exit(len(sys.stdin.read())), daemon=True).start()
     socket = zmq.Context().socket(zmq.REP)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
     print(f"tcp://127.0.0.1:{port}", flush=True)
@@ -71,39 +69,25 @@ def rep(sample: str) -> None:
         socket.send(encode(reply).encode())
 
 
-def relay(lines: str, pause: str) -> None:
-    """Read a child's lines and publish each: what lies between print and subscriber at least."""
-    import zmq
-    socket = zmq.Context().socket(zmq.XPUB)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
-    print(f"tcp://127.0.0.1:{port}", flush=True)
-    socket.recv()
-    child = subprocess.Popen([sys.executable, "-S", "-E", "-c", CLOCK, lines, pause],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdin is not None and child.stdout is not None
-    child.stdin.close()
-    pipe = child.stdout.fileno()
-    while data := os.read(pipe, CHUNK):
-        socket.send_multipart([b"topic", data])
-    child.wait()
-    sys.stdin.read()
-
-
 class Served:
-    """One of the loops above in a process of its own; a context manager that gives its endpoint."""
+    """A loop of one of these files in a process of its own, until the end of its stdin; gives its endpoint."""
 
-    def __init__(self, *arguments: str) -> None:
-        self._arguments = arguments
+    def __init__(self, file: str, *arguments: str) -> None:
+        self._file, self._arguments = file, arguments  # the latter: the name of the loop, and what that takes
 
     def __enter__(self) -> str:
-        self._process = subprocess.Popen([sys.executable, __file__, *self._arguments],
+        file = Path(__file__).with_name(f"{self._file}.py")
+        self._process = subprocess.Popen([sys.executable, str(file), *self._arguments],
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         return self._process.stdout.readline().decode().strip()
 
     def __exit__(self, *_exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
+        try:
+            self._process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
 
 # ---------------------------------------------------------------- processes
@@ -210,4 +194,4 @@ def _capture_many(children: List["subprocess.Popen[bytes]"], files: List[int],
 
 
 if __name__ == "__main__":
-    {"rep": rep, "relay": relay}[sys.argv[1]](*sys.argv[2:])
+    {"rep": rep}[sys.argv[1]](*sys.argv[2:])

@@ -94,7 +94,7 @@ class Launch(Benchmark):
     def _bare() -> float:
         with bare.sample() as file:
             began = time.monotonic()
-            with bare.Served("rep", file) as endpoint:
+            with bare.Served("bare", "rep", file) as endpoint:
                 client = ZmqClient(endpoint)
                 client.ask(request("health_check_request"))
                 took = time.monotonic() - began

@@ -274,12 +274,12 @@ def _read(path: str) -> bytes:
 
 
 def memory(pid: int) -> Dict[str, float]:
-    """Return RSS and PSS of a process in KiB."""
-    found = {}
-    for line in _read(f"/proc/{pid}/smaps_rollup").decode().splitlines():
+    """Return RSS and PSS of a process, and the peak of its RSS, in KiB."""
+    names, found = {"Rss": "rss", "Pss": "pss", "VmHWM": "peak"}, {}
+    for line in (_read(f"/proc/{pid}/smaps_rollup") + _read(f"/proc/{pid}/status")).decode().splitlines():
         name, _, rest = line.partition(":")
-        if name in ("Rss", "Pss"):
-            found[name.lower()] = float(rest.split()[0])
+        if name in names:
+            found[names[name]] = float(rest.split()[0])
     return found
 
 

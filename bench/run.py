@@ -18,15 +18,17 @@ import zmq
 from answering import Flood, Requests, Status
 from capturing import Capture
 from enduring import Killed, Malformed
+from following import Crowd, Dead, Follow, Torrent
 from footprint import Footprint, Launch
 from harness import BenchError
 from keystrokes import Keys
+from replaying import Replay
 from spawning import Spawn
 from table import HEADS, Benchmark, Result, lines, measure, text
 from telling import Exit, Lines
 
-BENCHMARKS: Tuple[Type[Benchmark], ...] = (Requests, Flood, Status, Spawn, Exit, Lines, Keys, Capture, Launch,
-                                           Malformed, Killed, Footprint)
+BENCHMARKS: Tuple[Type[Benchmark], ...] = (Requests, Flood, Status, Spawn, Exit, Lines, Keys, Follow, Torrent,
+                                           Crowd, Dead, Replay, Capture, Launch, Malformed, Killed, Footprint)
 
 
 def arguments() -> argparse.Namespace:

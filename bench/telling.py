@@ -7,13 +7,14 @@ Unaware: of how the server does it.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any, Callable, Dict, List
 
 import bare
+import publishing
 import zmq
 from harness import BenchError, Server, Subscriber, percentile, until
+from printing import clock
 from table import Benchmark, Figures, Row, most
 
 ENDED = ("completed", "failed", "terminated")
@@ -132,11 +133,8 @@ class Lines(Benchmark):
             self._server.__exit__()
 
     def base(self) -> Figures:
-        with bare.Served("relay", str(self.count), str(self.pause)) as endpoint:
-            socket = SubSocket(endpoint, "topic")
-            found = _p50_p99("", self._ages(socket.body))
-            socket.close()
-        return found
+        with bare.Served("publishing", "relay", str(self.count), str(self.pause), "0", "1") as endpoint:
+            return _p50_p99("", publishing.ages(endpoint, self.count))
 
     def ours(self) -> Figures:
         return {**self._over("zmq_"), **self._over("unix_")}
@@ -144,7 +142,7 @@ class Lines(Benchmark):
     def _over(self, link: str) -> Figures:
         server = self._server
         assert server is not None
-        agent = server.spawn((sys.executable, "-S", "-E", "-c", bare.CLOCK, str(self.count), str(self.pause)))
+        agent = server.spawn(clock(self.count, self.pause))
         topic = f"{agent}.stdout"
         subscriber = SubSocket(server.pub_endpoint, topic) if link == "zmq_" else Subscriber(server.path, [topic])
         while (first := subscriber.next())["topic"] != topic or first["data"]:
