@@ -6,9 +6,11 @@ Unaware: of each setting's parsing (test_config.py).
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -207,6 +209,29 @@ def test_the_second_start_finds_what_a_crash_left(start_server: Callable[..., Se
     assert server.socket_path.exists()
     again = start_server(state_dir=server.state_dir)
     assert again.ask({"type": "health_check_request"})["healthy"]
+
+
+def test_a_registry_of_a_newer_version_is_refused_and_left_alone(start_server: Callable[..., Server]) -> None:
+    """Who goes back to an older version by mistake loses nothing: the newer one finds its agents again."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        ref = wire.spawn("exit_with", 3)
+        wire.ended(ref)
+    server.close()
+    registry = str(server.state_dir / "registry.db")
+
+    def version(number: int) -> int:
+        with contextlib.closing(sqlite3.connect(registry)) as db:
+            before = db.execute("PRAGMA user_version").fetchone()[0]
+            db.execute(f"PRAGMA user_version = {number}")
+        return int(before)
+    ours = version(1000)
+    error = refused(server.state_dir, *PORTS)
+    assert registry in error and "newer version" in error and "another state directory" in error
+    assert version(ours) == 1000
+    again = start_server(state_dir=server.state_dir)
+    with LineWire(again.socket_path) as wire:
+        assert wire.info(ref)["exit"]["code"] == 3
 
 
 def test_serve_says_where_it_listens(server: Server) -> None:

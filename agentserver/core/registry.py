@@ -105,8 +105,8 @@ class Registry:
         db.execute("PRAGMA cache_size = -1024")  # KiB
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
-            db.close()
-            raise sqlite3.DatabaseError(f"it was written by a newer version (schema {version})")
+            db.close()  # nothing is wrong with it, so it is not put aside: its agents would be lost to the newer one
+            raise StartError(_newer(path, version))
         if version < SCHEMA_VERSION:
             db.executescript(_SCHEMA)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -330,7 +330,12 @@ def check_registry(path: str) -> None:
     finally:
         db.close()
     if version > SCHEMA_VERSION:
-        raise StartError(f"the registry was written by a newer version (schema {version}, ours {SCHEMA_VERSION})")
+        raise StartError(_newer(path, version))
+
+
+def _newer(path: str, version: int) -> str:
+    return (f"the registry {os.path.abspath(path)} was written by a newer version (schema {version}, ours "
+            f"{SCHEMA_VERSION}); use that one, or another state directory")
 
 
 def _key(request_id: str) -> str:
