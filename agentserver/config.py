@@ -181,6 +181,9 @@ class ServerConfig:
     pub_hwm: int = _setting(
         1000, "messages queued for a subscriber of `pub_endpoint` that does not read; one of output brings at most "
         "32 KiB", "messages", 1, 1_000_000)
+    shell_memory_bytes: int = _setting(
+        1024 * MIB, "most memory of the process with the ZeroMQ sockets; beyond, that one is ended and started anew "
+        "(Linux)", "bytes", 64 * MIB, 1024 * 1024 * MIB)
     pattern_timeout_secs: float = _setting(
         0.25, "how long the pattern of one search in output may be at work", "seconds", 0.01, 10)
     queries: int = _setting(

@@ -8,9 +8,11 @@ After each attack: the same processes, bounded memory, and the honest subscriber
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import resource
 import select
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from typing import Any, Callable, Iterator
 import pytest
 import zmq
 from support import TESTS, Server, clean_environ, wait_until
+from test_faults import zmq_answers
 from test_pub import Subscriber
 from wire import LineWire, checked, data_of, new_id
 from zmtp import GREETING, READY, RawSubscriber, command, message
@@ -179,6 +182,29 @@ def test_frames_that_promise_too_much(honest: Honest) -> None:
             pass
         finally:
             raw.close()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system bounds no memory of another process")
+@pytest.mark.parametrize("kind", [b"SUB", b"DEALER"])
+def test_a_message_that_never_ends(start_server: Callable[..., Server], kind: bytes) -> None:
+    """libzmq keeps the frames of a message until the last one has come, however many. So the process with the sockets
+    has a bound of its own; who comes to it is rid of its connection, and everybody else goes on a moment later."""
+    server = start_server("--shell-memory-bytes", str(128 << 20))
+    before = server.pids()
+    with LineWire(server.socket_path) as wire:
+        agent = wire.spawn("echo")
+        endpoint = server.pub_endpoint if kind == b"SUB" else server.endpoint
+        raw, frames = RawSubscriber(endpoint, kind=kind), (b"\3" + (1000).to_bytes(8, "big") + bytes(1000)) * 1000
+        with contextlib.closing(raw), contextlib.suppress(OSError):
+            for _ in range(1000):
+                raw.socket.sendall(frames)
+            raise AssertionError("a gigabyte of one message was taken")
+        wait_until(lambda: zmq_answers(server.endpoint), what="the next shell to answer")
+        after = server.pids()
+        assert {name for name in after if after[name] != before[name]} == {"shell"}
+        wire.control(agent, "write_stdin", data="x\n", eof=True)
+        assert wire.output(agent) == b"ready\nx\n"
+    assert "the shell ended by SIGABRT" in server.logs()
 
 
 def test_half_open_subscribers(honest: Honest) -> None:

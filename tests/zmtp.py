@@ -26,13 +26,18 @@ def message(body: bytes) -> bytes:
     return b"\x02" + len(body).to_bytes(8, "big") + body
 
 
-READY = command(b"READY", b"\x0bSocket-Type\0\0\0\x03SUB")
+def ready(kind: bytes) -> bytes:
+    """Return how a socket of this kind says that it is one."""
+    return command(b"READY", b"\x0bSocket-Type" + len(kind).to_bytes(4, "big") + kind)
+
+
+READY = ready(b"SUB")
 
 
 class RawSubscriber:
-    """Connects, shakes hands, subscribes, and then does nothing by itself."""
+    """Connects, shakes hands, subscribes, and then does nothing by itself. It can also be of another `kind`."""
 
-    def __init__(self, endpoint: str, *topics: bytes, room: int = 4096) -> None:
+    def __init__(self, endpoint: str, *topics: bytes, room: int = 4096, kind: bytes = b"SUB") -> None:
         host, _, port = endpoint.partition("://")[2].rpartition(":")
         self.socket = socket.socket()
         self.socket.settimeout(DEADLINE_SECS)
@@ -40,7 +45,7 @@ class RawSubscriber:
         self.socket.connect((host, int(port)))
         self.socket.sendall(GREETING)
         self._exactly(len(GREETING))
-        self.socket.sendall(READY)
+        self.socket.sendall(ready(kind))
         _flags, size = self._exactly(2)
         assert self._exactly(size).startswith(b"\x05READY")
         for topic in topics:

@@ -134,6 +134,8 @@ class Keeper:
 
     def _start(self, part: Part) -> None:
         part.start(self._hello(**part.endpoints))
+        if part is self._shell:
+            process.bound(part.pid, self._config.shell_memory_bytes)
         if part is self._core:
             assert part.channel is not None
             self._held.hand_over(part.channel)

@@ -88,6 +88,18 @@ def confine(memory_bytes: int) -> None:
             pass
 
 
+def bound(pid: int, memory_bytes: int) -> None:
+    """Bound the memory that a process of ours may have of its own (RLIMIT_DATA, see prlimit(2)), and let it leave no
+    core dump, where the system lets us."""
+    if not hasattr(resource, "prlimit"):  # macOS
+        return
+    for limit, most in ((resource.RLIMIT_DATA, memory_bytes), (resource.RLIMIT_CORE, 0)):
+        try:
+            resource.prlimit(pid, limit, (most, most))
+        except (ValueError, OSError):  # a lower one holds already, or it has just died
+            pass
+
+
 def collect(look: Callable[[int], T]) -> Iterator[tuple[int, Ended, T]]:
     """Reap every child that has ended, whoever it is; yield its pid, its end, and what `look` saw of it before."""
     for pid, _code, _signal in ended(()):
