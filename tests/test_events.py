@@ -6,6 +6,7 @@ Unaware: of how a subscriber follows events without loss (test_following.py).
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -237,7 +238,7 @@ def test_bytes_that_the_disk_did_not_take(server: Server) -> None:
 
 def on_disk(server: Server) -> int:
     """Return the newest sequence that is in the registry's file."""
-    with sqlite3.connect(f"file:{server.state_dir / 'registry.db'}?mode=ro", uri=True) as db:
+    with contextlib.closing(sqlite3.connect(f"file:{server.state_dir / 'registry.db'}?mode=ro", uri=True)) as db:
         return int(db.execute("SELECT max(sequence) FROM events").fetchone()[0])
 
 
