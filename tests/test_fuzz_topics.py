@@ -153,6 +153,22 @@ def test_joining_and_leaving_as_fast_as_possible(honest: Honest, xsub: Any) -> N
     honest.still_served()
 
 
+def test_a_crowd_that_never_stops_talking(honest: Honest) -> None:
+    """More messages than can be heard come all the time; what is printed is published all the same."""
+    def worked() -> float:
+        return float(honest.wire.ok("stats_request")["stats"]["shell"]["cpu_secs"])
+    flooder = subprocess.Popen([sys.executable, str(TESTS / "flooder.py"), honest.server.pub_endpoint, "150"],
+                               stdout=subprocess.PIPE, env=clean_environ(honest.server.state_dir))
+    try:
+        assert flooder.stdout is not None and flooder.stdout.readline() == b"sent\n"
+        enough = worked() + 4.0
+        while worked() < enough:
+            honest.still_served()
+    finally:
+        flooder.kill()
+        flooder.communicate()
+
+
 def test_noise_in_place_of_zmtp(honest: Honest) -> None:
     host, _, port = honest.server.pub_endpoint.partition("://")[2].rpartition(":")
     rng = honest.rng

@@ -382,8 +382,8 @@ def test_topics_are_a_bounded_union() -> None:
 
 
 @pytest.mark.parametrize("message, new_bytes", [
-    (b"", -1), (b"\2x", -1), (b"\0x", -1), (b"\1", 0), (b"\1server", 6), (b"\1\xff\xfe", 2), (b"\1a\nb", 3),
-    (b"\1" + b"x" * 64, 64), (b"\1" + b"x" * 900, 900), (b"\0" + b"x" * 900, -1)])
+    (b"", 0), (b"\2x", 0), (b"\0x", 0), (b"\1", 0), (b"\1server", 6), (b"\1\xff\xfe", 2), (b"\1a\nb", 3),
+    (b"\1" + b"x" * 64, 64), (b"\1" + b"x" * 900, 900), (b"\0" + b"x" * 900, 0)])
 def test_what_is_no_topic_is_only_counted(message: bytes, new_bytes: int) -> None:
     topics = Topics()
     assert topics.hear(message) == new_bytes

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -346,6 +347,67 @@ def test_pause_does_not_take_the_job_from_the_foreground(unix: LineWire) -> None
     assert b"0" in shown and b"Stopped" not in unix.so_far(ref)[0]
     type_and_see(unix, ref, "\x04", b"exit")
     assert unix.exit(ref)["code"] == 0
+
+
+#: starts a child so that it cannot be stopped itself until somebody opens the pipe that it is given (vfork(2))
+UNSTOPPABLE = """import os, signal, sys
+open_it = (os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)
+os.posix_spawn("/bin/sleep", ["sleep", "1000"], {}, file_actions=[open_it])
+signal.pause()
+"""
+
+
+def test_a_tree_that_does_not_stand_still_keeps_nobody_waiting(unix: LineWire, shared: Server, tmp_path: Path) -> None:
+    """Not even those who ask for something while it is being paused."""
+    os.mkfifo(tmp_path / "pipe")
+    ref = unix.spawn("", ready=False, stdin="pty", command=[sys.executable, "-S", "-c", UNSTOPPABLE,
+                                                            str(tmp_path / "pipe")])
+    leader = unix.info(ref)["pid"]
+    child = wait_until(lambda: children(leader), what="its child")[0]
+    wait_until(lambda: process_state(leader) == "D", what="it to be held up")
+    unix.send(json.dumps({"type": "control_command", "request_id": "pause it", "agent_id": ref,
+                          "command_type": "pause"}).encode())
+    answered = 0
+    with LineWire(shared.socket_path) as other:
+        while not select.select([unix.socket], [], [], 0)[0]:
+            other.ok("health_check_request")
+            answered += 1
+    reply = json.loads(unix.receive())
+    assert reply["success"] and reply["request_id"] == "pause it" and reply["data"]["paused"]
+    assert answered > 5, "the core waited"
+    assert process_state(child) == "T", "what can be stopped is"
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)
+    unix.control(ref, "resume")
+    wait_until(lambda: process_state(leader) == process_state(child) == "S", what="both to go on")
+    os.close(pipe)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_a_job_that_was_stopped_before_a_pause_is_so_after_it(start_server: Callable[..., Server]) -> None:
+    """Also when the core that paused it has died."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        ref = shell(wire)
+        pid = wire.info(ref)["pid"]
+        keys(wire, ref, "sleep 1000\r")
+        job = wait_until(lambda: foreground(pid), what="the job")
+        type_and_see(wire, ref, "\x1a", b"<148>")
+        keys(wire, ref, "cat\r")
+        other = wait_until(lambda: foreground(pid), what="the other job")
+        wire.control(ref, "pause")
+        assert {process_state(each) for each in (pid, job, other)} == {"T"}, "the reply has come"
+    kill_core(server)
+    with LineWire(server.socket_path) as wire:
+        wire.control(ref, "resume")
+        wait_until(lambda: process_state(other) == "S", what="the job in the foreground to go on")
+        assert process_state(job) == "T"
+        wire.control(ref, "signal", signal="SIGSTOP")
+        assert {process_state(each) for each in (pid, job, other)} == {"T"}
+        wire.control(ref, "signal", signal="SIGCONT")
+        type_and_see(wire, ref, "\x04", b"<0>")
+        assert b"Stopped" in type_and_see(wire, ref, "jobs\r", b"sleep 1000") and process_state(job) == "T"
+        wire.control(ref, "kill")
+        wire.ended(ref)
 
 
 @pytest.mark.skipif(not shutil.which("vim"), reason="needs vim")

@@ -32,6 +32,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     losses      output that is gone, told as events
     takeover    what a core before us left of each agent
     family      which processes belong to which agent
+    standstill  a tree that is stopped, step by step
     ending      the stop ladder, the exit, the exit record
     supervisor  policy: what is wanted against what is
     adoption    going on with the agents that a core before us left

@@ -99,6 +99,8 @@ class Adoption:
         ending = self._supervisor.ending
         if agent.ending is not None and "rung" in agent.ending:
             ending.go_on(agent)
+        if agent.status == lifecycle.PAUSED:  # its tree may have been stopped in part only
+            self._reactor.after(0, lambda: self._supervisor.standstill.stop(agent))
         ended = found.ended
         if ended is not None:
             self._reactor.after(0, lambda: ending.departed(found.pid, 0, ended))

@@ -24,7 +24,7 @@ STORED: dict[str, Any] = {
     "grace_secs": _NUMBER, "runtime_secs": _TIME, "labels": dict, "metadata": dict, "status": str, "want": str,
     "attempt": int, "pid": (int, _NONE), "start": (int, _NONE), "boot": str, "created_at": _NUMBER,
     "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
-    "began": _NUMBER, "ending": (dict, _NONE), "signalled": dict,
+    "still": dict, "began": _NUMBER, "ending": (dict, _NONE), "signalled": dict,
     "stdin_file": int, "stdin_end": int, "stdin_closing": bool, "told": dict}
 
 
@@ -56,6 +56,7 @@ class Agent:
     finished_at: float | None
     paused_at: float | None
     pause_mode: str | None
+    still: dict[str, int]     # who of its tree was stopped before it was paused, pid and start: see standstill.py
     exit: Json | None
     began: float              # monotonic seconds at which the attempt started; holds within one boot
     ending: Json | None       # why and how far the attempt is being ended: reason, by, rung, at (monotonic), grace_secs
@@ -155,5 +156,6 @@ def new_record(**known: Any) -> Json:
     """Return the record of an agent that was just asked for."""
     record: Json = {key: None for key in STORED}
     record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", "began": 0.0,
-                   "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, "told": {}, **known})
+                   "still": {}, "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, "told": {},
+                   **known})
     return record

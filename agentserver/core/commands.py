@@ -63,7 +63,9 @@ class Commands:
     # ------------------------------------------------------------ control
 
     def _pause(self, agent: Agent, payload: m.PausePayload, ask: Ask) -> Json:
-        return {"paused": True, "mode": self._supervisor.pause(agent)}
+        if agent.id not in ask.begun:
+            self._supervisor.pause(agent, ask)
+        return {"paused": True, "mode": "forced"}
 
     def _resume(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         self._supervisor.resume(agent)

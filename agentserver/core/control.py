@@ -94,7 +94,7 @@ class Control:
             self._say("a request failed inside: " + traceback.format_exc())
             reply = _failure(reply_type, request_id, "something failed inside the server; its core.log says what",
                              "internal")
-        return self._checked(reply, reply_type, request_id, obj)
+        return self._supervisor.standstill.hold(self._checked(reply, reply_type, request_id, obj))
 
     def _checked(self, reply: bytes, reply_type: str, request_id: str | None, obj: Json | None) -> bytes:
         """Return a reply that can be sent, and count it if it is a failed one."""

@@ -12,19 +12,14 @@ agent that could have started it has ended; the last of those takes it along.
 from __future__ import annotations
 
 import os
-import time
-from signal import SIGCONT, SIGHUP, SIGSTOP, SIGTERM
-from typing import Callable, Iterable
+from signal import SIGCONT, SIGHUP, SIGTERM
+from typing import Callable, Iterable, Mapping
 
 from . import process, tree
 from .agent import Agent
 from .process import Ended
 from .takeover import Keeper
 from .tree import Proc
-
-PASSES = 10      # looks at a tree that is being stopped
-STILL_SECS = 0.05  # at most, for parents at a terminal to stand still before their children are stopped
-STOPPED = "TtZX"  # states in /proc/PID/stat of what stands still or is dead
 
 
 class Family:
@@ -173,33 +168,30 @@ class Family:
 
     # ------------------------------------------------------------ signalling
 
-    def signal(self, agent: Agent, number: int) -> list[Proc]:
-        """Signal the leader and all that descends from it; return the descendants that were reached.
+    def whole(self, agent: Agent) -> list[Proc]:
+        """Return the leader, while it lives, and all that descends from it, parents first."""
+        leader = tree.look(agent.pid) if agent.pid in self.leaders and agent.pid is not None else None
+        here = [leader] if leader is not None and agent.start in (leader.start, None) else []
+        return here + self.members([agent])[agent.id]
 
-        Parents first; but children first when they are to go on: a shell that went on before its job would see the job
-        stopped, and take the terminal from it."""
-        if agent.pid not in self.leaders:
-            return []
+    def signal(self, agent: Agent, number: int) -> None:
+        """Signal the leader and all that descends from it, parents first unless they are to go on."""
         if number == SIGCONT:
-            reached = [proc for proc in reversed(self.members([agent])[agent.id]) if tree.send(proc, number)]
+            self.go_on(agent, {})
+        elif agent.pid in self.leaders:
             self._signal_leader(agent, number)
-            return reached
-        self._signal_leader(agent, number)
-        return [proc for proc in self.members([agent])[agent.id] if tree.send(proc, number)]
+            for proc in self.members([agent])[agent.id]:
+                tree.send(proc, number)
 
-    def _stop_from_above(self, agent: Agent, number: int) -> None:
-        """Stop each when its parent is seen to stand still: else a shell at a terminal sees its job stop, and when it
-        goes on it takes the terminal from it."""
-        until, still = time.monotonic() + STILL_SECS, {agent.pid}
-        self._signal_leader(agent, number)
-        for proc in self.members([agent])[agent.id]:
-            while proc.parent in still and time.monotonic() < until:
-                parent = tree.look(proc.parent)
-                if parent is None or parent.state in STOPPED:
-                    break
-                time.sleep(0)
-            tree.send(proc, number)
-            still.add(proc.pid)
+    def go_on(self, agent: Agent, but: Mapping[str, int]) -> None:
+        """SIGCONT to all `but` some, by pid and start. Children first: a shell that went on before its job would see it
+        stopped, and take the terminal from it."""
+        if agent.pid in self.leaders:
+            for proc in reversed(self.members([agent])[agent.id]):
+                if but.get(str(proc.pid)) != proc.start:
+                    tree.send(proc, SIGCONT)
+            self._signal_leader(agent, SIGCONT)
+            self.stale()
 
     def _signal_leader(self, agent: Agent, number: int) -> None:
         assert agent.pid is not None
@@ -214,19 +206,6 @@ class Family:
 
     def hang_up(self, agent: Agent) -> None:
         """SIGHUP, as from a terminal that is gone, to those of a tree that ignore SIGTERM: shells at a terminal do."""
-        leader = tree.look(agent.pid or 0)
-        here = [leader] if leader is not None and leader.start == agent.start else []
-        for proc in here + self.members([agent])[agent.id]:
+        for proc in self.whole(agent):
             if tree.ignores(proc.pid, SIGTERM):
                 tree.send(proc, SIGHUP)
-
-    def stop(self, agent: Agent) -> None:
-        """SIGSTOP the tree, and again until all of it is seen to stand still: it may fork while it is being stopped."""
-        stop = self._stop_from_above if agent.stdin == "pty" else self.signal
-        for _ in range(PASSES):
-            stop(agent, SIGSTOP)
-            self.stale()
-            leader = tree.look(agent.pid or 0)
-            members = self.members([agent])[agent.id]
-            if all(proc.state in STOPPED for proc in (leader, *members) if proc is not None):
-                return

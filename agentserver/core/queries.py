@@ -142,7 +142,8 @@ class Queries:
         if ended.signal == signal.SIGALRM:
             return RequestError(
                 f"the pattern was still at work after {self._pattern_secs:g} s (pattern_timeout_secs); narrow it: give "
-                "it a plain word to look for, and no repeats within repeats such as (a+)+; or ask for one stream only",
+                "it a plain word to look for, and no repeats within repeats such as (a+)+; or ask for one stream only; "
+                "or read the output with read_stdout or read_stderr and search it yourself",
                 "pattern_too_slow")
         how = f"by {process.signal_name(ended.signal)}" if ended.signal else f"with exit code {ended.code}"
         return RequestError(f"the process that searched the output ended {how} before it was done; ask again",

@@ -29,6 +29,7 @@ from .pushing import Pushing
 from .reactor import Reactor
 from .registry import Ask, Registry
 from .run import Run
+from .standstill import Standstill
 from .stdin import Stdin
 from .takeover import Keeper
 from .terminal import Terminal
@@ -56,6 +57,7 @@ class Supervisor:
         self.family, self._keeper, self._witness = family, keeper, witness
         self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self.on_end,
                              self.save, say)
+        self.standstill = Standstill(reactor, family, self.save)
         self._losses = Losses(reactor, feed, self.save, lambda: bool(registry.trouble), say)
         self._after_commit: list[Callable[[], None]] = []
         self.state = "up"  # up, draining, down
@@ -279,33 +281,38 @@ class Supervisor:
             raise
         self.started(agent)
 
-    def pause(self, agent: Agent) -> str:
-        """SIGSTOP the whole tree; return the mode."""
+    def pause(self, agent: Agent, ask: Ask) -> None:
+        """SIGSTOP the whole tree. What of it stood still before is on disk before the first signal."""
         self.running(agent, "paused")
         if agent.ending is not None or agent.status == lifecycle.PAUSED:
             what = "being stopped" if agent.ending is not None else "paused already"
             raise RequestError(f"{agent.label()} is {what}", "invalid_state")
-        self.family.stop(agent)
+        agent.still = self.standstill.before(agent)
         agent.step(lifecycle.PAUSE)
         agent.paused_at, agent.pause_mode = time.time(), "forced"
-        self._changed(agent, "paused: the whole tree got SIGSTOP")
-        return "forced"
+        self._changed(agent, "paused: the whole tree gets SIGSTOP")
+        self.registry.begin(ask, agent.id)
+        self.standstill.begin(agent)
 
     def resume(self, agent: Agent) -> None:
-        """SIGCONT the whole tree."""
+        """SIGCONT the whole tree, but what stood still before it was paused."""
         self.running(agent, "resumed")
         if agent.status != lifecycle.PAUSED:
             raise RequestError(f"{agent.label()} is {agent.status}, not paused", "invalid_state")
-        self.family.signal(agent, SIGCONT)
+        self.family.go_on(agent, agent.still)
         agent.step(lifecycle.RESUME)
+        self._not_paused(agent)
+        self._changed(agent, "resumed: what the pause had stopped got SIGCONT")
+
+    def _not_paused(self, agent: Agent) -> None:
         agent.paused_at = agent.pause_mode = None
-        self._changed(agent, "resumed: the whole tree got SIGCONT")
+        agent.still = {}
 
     def signal(self, agent: Agent, number: int, ask: Ask) -> None:
         """Signal the whole tree. Stopping and continuing are pause and resume, so that the status stays true."""
         self.running(agent, "signalled")
         if number == SIGSTOP and agent.status != lifecycle.PAUSED and agent.ending is None:
-            self.pause(agent)
+            self.pause(agent, ask)
         elif number == SIGCONT and agent.status == lifecycle.PAUSED:
             self.resume(agent)
         else:
@@ -394,7 +401,7 @@ class Supervisor:
         again = agent.want == "restart" and self.state == "up"
         agent.step(given)
         agent.exit, agent.finished_at, agent.pid = record, time.time(), None
-        agent.paused_at = agent.pause_mode = None
+        self._not_paused(agent)
         if agent.want == "restart":
             agent.want = "down"
         self._finished[agent.id] = None

@@ -5,8 +5,8 @@ Runs in: a thread of its own, beside the REP loop.
 Unaware: of what an event means; topics are prefixes of bytes. It decides nothing and stores nothing.
 
 Only what somebody subscribed to is asked of the core, so that nobody listening costs nothing. A
-subscription comes from outside and is not trusted: its length and number are bounded here, and what
-libzmq itself keeps of all of them in crowd.py.
+subscription comes from outside and is not trusted: its length and number are bounded here, and so is how much is heard
+before something is published again; what libzmq itself keeps is bounded by cutting off who sends most (crowd.py).
 """
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ import select
 import socket
 import threading
 import time
-from typing import Any, Dict, List, Optional, Set
+from typing import Any, Dict, Optional, Set
 
 import zmq
 
 from ..core.framelink import FrameStream
 from ..errors import LinkError, StartError
 from ..wire import encode, new_id
-from .crowd import Crowd
+from .crowd import JOIN_BYTES, MOST_BYTES, MOST_UNHEARD, NODE_BYTES, Crowd
 from .endpoints import Bound, bind, connection_of, xpub_socket
 
 MAX_TOPIC = 64             # bytes; no topic of ours is longer
 MOST_TOPICS = 10_000       # beyond it the core is asked for everything, and libzmq does the choosing
+HEARD_AT_ONCE = 1000       # messages of subscribers, before what there is to publish has its turn
 _PEER = encode({"kind": "zmq", "name": "subscribers"})
 _AGAIN_MS = 50             # between two tries to reach a core; 500 when it has been away for long
 _EAGER_SECS = 5.0
@@ -44,13 +45,13 @@ class Topics:
 
     def hear(self, message: bytes) -> int:
         """Take one message of the XPUB socket: 1 or 0, and a prefix; others are ignored. Return how many bytes of
-        prefix nobody had subscribed to before, -1 where nobody subscribed."""
+        prefix nobody had subscribed to before."""
         joins = message[:1] == b"\1"
         if message[:1] not in (b"\0", b"\1"):
-            return -1
+            return 0
         topic = message[1:MAX_TOPIC + 2].decode("latin-1")
         if len(topic) > MAX_TOPIC or not (topic.isascii() and topic.isprintable()):
-            return len(message) - 1 if joins else -1  # no topic of ours is like that: such a prefix matches nothing
+            return len(message) - 1 if joins else 0  # no topic of ours is like that: such a prefix matches nothing
         new = topic not in self._wanted
         if joins:
             self._wanted.add(topic)
@@ -60,7 +61,7 @@ class Topics:
         self._wanted.discard(topic)
         self._joined.discard(topic)
         self.changed = self.changed or not new
-        return -1
+        return 0
 
     def request(self) -> bytes:
         """Return the subscription as it has to be now, with what was joined since the last call, each to be answered
@@ -130,7 +131,7 @@ class _Publisher:
         self._xpub_fd = int(xpub.getsockopt(zmq.FD))
         self._stream = stream
         self._wake_fd = wake_fd
-        self._topics, self._crowd = Topics(), Crowd()
+        self._topics, self._memory, self._talk = Topics(), Crowd(MOST_BYTES), Crowd(MOST_UNHEARD)
         self._tag = 0              # of the latest subscription
         self._unconfirmed = 0.0    # since when it waits for its reply; 0: it does not
         self._lost_at = time.monotonic()
@@ -139,9 +140,9 @@ class _Publisher:
         """Publish until the wake descriptor becomes readable."""
         try:
             while True:
-                self._hear_subscribers()
+                more = self._hear_subscribers()
                 self._keep_connected()
-                ready = self._sleep()
+                ready = self._sleep(more)
                 if self._wake_fd in ready:
                     return
                 if self._stream.fd in ready:
@@ -149,16 +150,19 @@ class _Publisher:
         finally:
             self._stream.close()
 
-    def _hear_subscribers(self) -> None:
-        """Read until nothing is left: only then does the socket's descriptor tell of the next message."""
-        while True:
+    def _hear_subscribers(self) -> bool:
+        """Read what has come, up to a bound; return whether more is left. Only when nothing is does the socket's
+        descriptor tell of the next message. Each frame stands for itself, as it does for libzmq."""
+        for _ in range(HEARD_AT_ONCE):
             try:
-                frames: List[zmq.Frame] = self._xpub.recv_multipart(zmq.NOBLOCK, copy=False)
+                frame: zmq.Frame = self._xpub.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
-            new_bytes = self._topics.hear(frames[0].bytes) if len(frames) == 1 else -1
-            if new_bytes >= 0:
-                self._crowd.joined(connection_of(frames[0]), new_bytes)
+                self._talk.forget()
+                return False
+            fd, new_bytes = connection_of(frame), self._topics.hear(frame.bytes)
+            self._memory.spend(fd, JOIN_BYTES + NODE_BYTES * new_bytes)
+            self._talk.spend(fd, 1)
+        return True
 
     def _keep_connected(self) -> None:
         try:
@@ -180,7 +184,7 @@ class _Publisher:
         self._unconfirmed = time.monotonic()
         self._stream.send(frame(self._tag, _PEER, self._topics.request()))
 
-    def _sleep(self) -> Dict[int, int]:
+    def _sleep(self, more: bool) -> Dict[int, int]:
         waiter = select.poll()
         waiter.register(self._wake_fd, select.POLLIN)
         waiter.register(self._xpub_fd, select.POLLIN)
@@ -191,7 +195,7 @@ class _Publisher:
         else:
             self._lost_at = self._lost_at or time.monotonic()
             patience = _AGAIN_MS if time.monotonic() - self._lost_at < _EAGER_SECS else 10 * _AGAIN_MS
-        return dict(waiter.poll(patience))
+        return dict(waiter.poll(0 if more else patience))
 
     def _forward(self) -> None:
         try:
