@@ -243,6 +243,22 @@ def test_silence_is_a_timeout_and_absence_is_not(caller: AgentClient, core: Fake
         other.health()
 
 
+def test_a_first_request_that_is_cut_is_asked_again(twin: Any, state_dir: Path) -> None:
+    """Somebody was there a moment ago; so nobody being there now is not yet the end."""
+    path = socket_path(str(state_dir))
+
+    def dies(raw: bytes, connection: Connection) -> Optional[bytes]:
+        core.close()
+        return None
+    successor: List[FakeCore] = []
+    with FakeCore(path, dies) as core, twin(f"unix:{path}") as caller:
+        timer = threading.Timer(0.2, lambda: successor.append(FakeCore(path)))
+        timer.start()
+        assert caller.request({"type": "x"})["success"]
+        timer.join()
+        successor[0].close()
+
+
 @pytest.mark.parametrize("answer", [b'{"request_id": "other", "success": true}', b"[]", b"hello"])
 def test_a_reply_to_something_else_is_not_believed(caller: AgentClient, core: FakeCore, answer: bytes) -> None:
     if not caller.address.startswith("unix:"):
