@@ -11,12 +11,12 @@ next heartbeat, and only when those stay away too is looked without having been 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Mapping, Optional, Sequence, Union
 
 from .calls import Calls, Json
 from .errors import AgentServerError, LinkError, RequestTimeout
 from .results import AgentInfo, Chunk, EventsDropped, OutputDropped
-from .talk import Hear, Item, Listen, Pause, Talk, through
+from .talk import Hear, Item, Listen, Pause, Talk
 from .wire import MAX_INT, rfc3339
 
 if TYPE_CHECKING:
@@ -410,46 +410,11 @@ class _Output:
             del self.streams[topic]
 
 
-def lines(calls: Calls, agent_id: str, stream: str, follow_: bool) -> Talk[None]:
-    """See `Agent.lines`: lines are a view of bytes, so what is not UTF-8 is replaced here and only here."""
-    cutter = _Lines()
-    if follow_:
-        yield from through(follow(calls, agent_id, (stream,), None, {}, None), cutter.cut)
-    else:
-        yield from through(_present(calls, agent_id, stream), cutter.cut)
-    for line in cutter.rest():
-        yield Item(line)
-
-
-def _present(calls: Calls, agent_id: str, name: str) -> Talk[None]:
-    """Hand on what a stream holds now."""
+def present(calls: Calls, agent_id: str, name: str) -> Talk[None]:
+    """Hand on what a stream holds now, as `follow` does."""
     stream = _Stream(agent_id, name, 0)
     while (yield from stream.read(calls)):
         pass
-
-
-class _Lines:
-    """Cuts lines from pieces of output. A gap ends a line: what comes after it belongs to another one."""
-
-    def __init__(self) -> None:
-        self._rest: List[bytes] = []  # of a line whose end has not come
-
-    def cut(self, item: Any) -> Iterator[str]:
-        """Yield the lines that a piece completes."""
-        if isinstance(item[2], OutputDropped):
-            yield from self.rest()
-        *whole, last = item[2].data.split(b"\n")
-        for line in whole:
-            line, self._rest = b"".join((*self._rest, line)), []
-            yield line.decode("utf-8", "replace")
-        if last:
-            self._rest.append(last)
-
-    def rest(self) -> Iterator[str]:
-        """Yield the unfinished last line, if any."""
-        rest, self._rest = b"".join(self._rest), []
-        if rest:
-            yield rest.decode("utf-8", "replace")
 
 
 # ---------------------------------------------------------------- events

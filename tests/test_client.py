@@ -552,6 +552,36 @@ def test_lines_are_whole_whatever_the_chunks(caller: AgentClient, story: Story) 
     assert list(agent.lines()) == ["one", "two", "", "\ufffd", "last"]
 
 
+@pytest.mark.parametrize("written, lines", [
+    (b"12345678\n", ["12345678"]),
+    (b"123456789\n\n", ["12345678", "9", ""]),
+    ("1234567\u00e99 and more\n".encode(), ["1234567", "\u00e99 and ", "more"]),
+    ("12345\U0001f600\n".encode(), ["12345", "\U0001f600"]),
+    (b"\x80" * 10, ["\ufffd" * 8, "\ufffd" * 2])])
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_a_longer_line_than_may_be_held_comes_in_pieces(caller: AgentClient, story: Story, written: bytes,
+                                                        lines: List[str], at_once: int) -> None:
+    for at in range(0, len(written), at_once):
+        story.write(written[at:at + at_once])
+    agent = caller.agent("worker")
+    assert list(agent.lines(follow=False, max_line=8)) == lines
+    story.end()
+    assert list(agent.lines(max_line=8)) == lines
+
+
+def test_a_line_without_end_is_not_held(caller: AgentClient, story: Story) -> None:
+    agent = caller.agent("worker")
+    story.write(b"x" * 100)
+    endless = agent.lines(max_line=40)
+    assert [next(endless), next(endless)] == ["x" * 40] * 2
+    story.write(b"y" * 21)
+    assert next(endless) == "x" * 20 + "y" * 20
+    story.end()
+    assert list(endless) == ["y"]
+    with pytest.raises(ValueError, match="max_line"):
+        next(agent.lines(max_line=3))
+
+
 # ---------------------------------------------------------------- waiting
 
 def test_waiting_ends_with_the_event(caller: AgentClient, story: Story) -> None:
