@@ -1,6 +1,6 @@
 """The client library: addresses, asking again, typed results, and following without a gap or a repeat.
 
-Owns:    the tests of agentserver/client.py and agentserver/follow.py.
+Owns:    the tests of agentserver/client.py, and of what it says: calls.py to lines.py.
 Runs in: the test process, against a core that is a thread and can lie, stutter and die.
 Unaware: of real agents; the contract suite has those.
 """
@@ -21,7 +21,7 @@ from driven import Driven
 from fakecore import Connection, FakeCore
 from support import MAIN, wait_until
 
-from agentserver import AgentClient, EventsDropped, OutputDropped, address, follow
+from agentserver import AgentClient, EventsDropped, OutputDropped, address, follow, hints
 from agentserver.core.link import LineLink, NotThere, socket_path
 from agentserver.errors import LinkError, RequestError, RequestTimeout
 from agentserver.wire import encode, wire_text
@@ -611,9 +611,9 @@ def test_waiting_can_be_bounded_and_names_who_is_late(caller: AgentClient) -> No
 def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, core: FakeCore, story: Story) -> None:
     """Without the seconds in which a server that was reached before is tried again."""
     looked = threading.Event()
-    real = follow.Hints.looked
+    real = hints.Hints.looked
 
-    def look(self: follow.Hints, key: str) -> None:
+    def look(self: hints.Hints, key: str) -> None:
         real(self, key)
         looked.set()
 
@@ -627,7 +627,7 @@ def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, co
     thread = threading.Thread(target=end_and_go)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(follow.Hints, "looked", look)
+        patch.setattr(hints.Hints, "looked", look)
         (info,) = caller.wait(ID, timeout=20)
     thread.join()
     assert (info.id, info.status, info.exit and info.exit.code) == (ID, "failed", 3)
@@ -787,7 +787,7 @@ def test_publishing_off_does_not_stop_a_follower(
         raise LinkError("this server publishes nothing")
 
     monkeypatch.setattr(LineLink, "subscribe", refuse)
-    monkeypatch.setattr(follow, "_BLIND_SECS", 0.02)
+    monkeypatch.setattr(hints, "_BLIND_SECS", 0.02)
     timer = threading.Timer(0.1, lambda: (story.write(b"unheard"), story.end()))
     began = time.monotonic()
     timer.start()
