@@ -12,12 +12,14 @@ from collections import deque
 from typing import Any, AsyncIterator, Awaitable, Deque, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 
 from . import follow as following
+from . import lines
 from .address import default_address, route_of, with_pyzmq
 from .calls import Calls, Json, Ref, Refs
 from .client import Output
 from .core.alink import AsyncLineLink, AsyncLink, within
 from .errors import RequestTimeout
 from .follow import Since
+from .lines import LONGEST_LINE
 from .results import AgentInfo, BatchOutcome, Chunk, EventsPage, ExitRecord, FoundLines, Health, LastLines, ServerStats
 from .talk import Ask, Hear, Item, Listen, Over, Pause, Step, Talk, resume
 
@@ -248,9 +250,10 @@ class AsyncAgent:
         """Return the last lines of both streams, as text."""
         return await self.client._run(self.client._calls.tail(self.id, lines))
 
-    def lines(self, stream: str = "stdout", *, follow: bool = True) -> AsyncIterator[str]:
-        """Yield the lines of a stream without their end: until the agent ends, or without `follow` until now."""
-        return self.client._iterate(following.lines(self.client._calls, self.id, stream, follow))
+    def lines(self, stream: str = "stdout", *, follow: bool = True,
+              max_line: int = LONGEST_LINE) -> AsyncIterator[str]:
+        """Yield the lines of a stream, without their end; see `Agent.lines`."""
+        return self.client._iterate(lines.lines(self.client._calls, self.id, stream, follow, max_line))
 
     async def wait(self, timeout: Optional[float] = None) -> ExitRecord:
         """Wait for the end and return how it was; raise `RequestTimeout`."""

@@ -21,8 +21,8 @@ from .wire import encode, new_id, to_wire, wire_text
 
 Json = Dict[str, Any]
 
-_FIRST_PATIENCE = 1.0      # seconds for a server that was never reached: it may just be starting a part again
-_KNOWN_PATIENCE = 10.0     # for one that was
+_FIRST_PATIENCE = 1.0      # seconds for a server that never answered: it may just be starting a part again
+_KNOWN_PATIENCE = 10.0     # for one that did
 _LONGEST_ATTEMPT = 8.0
 _SEARCH_ATTEMPT = 3.0      # a search in output may take a while, and asked again too soon it would be done twice
 _SEARCHES = ("output_query_request", "query_output")
@@ -87,6 +87,7 @@ class Calls:
         """Ask until there is an answer; the same bytes each time."""
         started = self.clock()
         lost_at: Optional[float] = None
+        there = False  # somebody was, in vain
         attempt, left = max(self._attempt_secs, least_attempt), timeout
         while left > 0:
             try:
@@ -94,24 +95,24 @@ class Calls:
                 self._met = True
                 return reply
             except RequestTimeout:
-                lost_at = None
+                lost_at, there = None, True
                 attempt = min(attempt * 2, max(attempt, _LONGEST_ATTEMPT))
             except LinkError as e:
                 lost_at = lost_at or self.clock()
-                absent = self.clock() - lost_at
-                if absent >= min(self._patience(e) if patience is None else patience, left):
+                absent, there = self.clock() - lost_at, there or not isinstance(e, NotThere)
+                if absent >= min(self._patience(there) if patience is None else patience, left):
                     raise
                 yield Pause(0.02 if absent < 0.5 else 0.2)
             left = started + timeout - self.clock()
         raise RequestTimeout(f"{self.address} did not answer within {timeout:g} s; asking again with the same "
                              "request_id is safe")
 
-    def _patience(self, error: LinkError) -> float:
+    def _patience(self, there: bool) -> float:
         if self.retry_secs is not None:
             return self.retry_secs
         if self._met:
             return _KNOWN_PATIENCE
-        return 0.0 if isinstance(error, NotThere) else _FIRST_PATIENCE
+        return _FIRST_PATIENCE if there else 0.0
 
     # ------------------------------------------------------------ the server
 

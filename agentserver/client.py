@@ -11,10 +11,12 @@ import time
 from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 
 from . import follow as following
+from . import lines
 from .address import default_address, route_of, with_pyzmq
 from .calls import Calls, Json, Ref, Refs
 from .core.link import LineLink, Link
 from .follow import Since
+from .lines import LONGEST_LINE
 from .results import (
     AgentInfo,
     BatchOutcome,
@@ -264,9 +266,12 @@ class Agent:
         """Return the last lines of both streams, as text."""
         return self.client._run(self.client._calls.tail(self.id, lines))
 
-    def lines(self, stream: str = "stdout", *, follow: bool = True) -> Iterator[str]:
-        """Yield the lines of a stream without their end: until the agent ends, or without `follow` until now."""
-        return self.client._iterate(following.lines(self.client._calls, self.id, stream, follow))
+    def lines(self, stream: str = "stdout", *, follow: bool = True, max_line: int = LONGEST_LINE) -> Iterator[str]:
+        """Yield the lines of a stream without their end: until the agent ends, or without `follow` until now.
+
+        One of more than `max_line` bytes (16 MiB) comes in pieces of at most so many: no more of it is held.
+        """
+        return self.client._iterate(lines.lines(self.client._calls, self.id, stream, follow, max_line))
 
     def wait(self, timeout: Optional[float] = None) -> ExitRecord:
         """Wait for the end and return how it was; raise `RequestTimeout`."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any, Awaitable, Callable, Coroutine, Dict, Iterator, List, Optional
 
@@ -19,6 +21,7 @@ from support import Server, agent, wait_until
 
 from agentserver import Agent, AgentClient, AsyncAgent, AsyncAgentClient, LinkError, RequestTimeout
 from agentserver.aclient import AT_ONCE, _Turns
+from agentserver.core.alink import AsyncLineLink
 from agentserver.core.link import socket_path
 
 Json = Dict[str, Any]
@@ -299,6 +302,57 @@ def test_who_waits_is_told_that_the_connection_broke_and_asks_again(path: str) -
         run(work())
         ids = [json.loads(raw)["request_id"] for raw in core.heard]
         assert len(set(ids)) == 8, "the same request, with the same id"
+
+
+class Slow:
+    """A route whose end takes its time, as that of an ssh does; it tells in which threads it was waited for."""
+
+    name, shared, preamble = "the server", True, 0
+
+    def __init__(self) -> None:
+        self.there: List[socket.socket] = []
+        self.waited_in: List[int] = []
+
+    def dial(self) -> socket.socket:
+        assert len(self.waited_in) == len(self.there), "nothing is dialled before the last one is gone"
+        ours, theirs = socket.socketpair()
+        self.there.append(theirs)
+        return ours
+
+    def broke(self, why: str, heard: bool) -> LinkError:
+        self.hang_up(heard)
+        return LinkError("its last words")
+
+    def hang_up(self, heard: bool) -> None:
+        time.sleep(0.005)
+        self.waited_in.append(threading.get_ident())
+
+
+@pytest.mark.parametrize("rests", [False, True])
+def test_the_loop_never_waits_for_the_end_of_an_ssh(rests: bool) -> None:
+    """However that comes: by closing, by breaking, by giving up at any await while it connects."""
+    route = Slow()
+
+    async def work() -> None:
+        link = AsyncLineLink(route)
+        for turns in range(12):
+            assert await cancelled_after(turns, link.request(b"{}", "1", 30.0))
+            if rests or turns == 11:
+                link.close()
+                await link.gone()
+        asking = asyncio.ensure_future(link.request(b"{}", "2", 30.0))
+        while len(route.there) == len(route.waited_in):
+            await asyncio.sleep(0)
+        route.there[-1].close()
+        with pytest.raises(LinkError, match="its last words"):
+            await asking
+        link.close()
+        await link.gone()
+        assert len(route.there) == len(route.waited_in) >= (12 if rests else 2)
+        assert threading.get_ident() not in route.waited_in
+    run(work())
+    for sock in route.there:
+        sock.close()
 
 
 def test_nobody_there_is_said(path: str) -> None:

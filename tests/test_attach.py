@@ -281,7 +281,8 @@ def test_it_is_as_before_when_the_whole_server_is_killed(own: Place, tmp_path: P
         os.kill(pid, signal.SIGKILL)
     assert me.end() == 3
     me.assert_as_before()
-    assert "the server went away" in me.said() and f"agentserver attach {ref.id[:8]}" in me.said()
+    told = me.said().split("the server went away: ")[1]
+    assert told.count(ref.id[:8]) == 1 and f"agentserver attach {ref.id[:8]}" in told and told.count(";") == 1, told
 
 
 def test_time_can_be_limited(near: Place, tmp_path: Path) -> None:

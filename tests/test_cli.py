@@ -274,6 +274,8 @@ def test_logs(either: Cli) -> None:
         code, out, error = ended(process)
         assert code == 0 and out == b"ready\n" + b"".join(b"line %d\n" % n for n in range(20)) and error == b"oh\n"
     assert either.run("logs", "-n", "2", "--stream", "stdout", ref)[0] == "line 18\nline 19\n"
+    assert either.run("logs", "-n", "3", ref) == ("line 18\nline 19\n", "oh\n"), "of both streams together"
+    assert either.run("logs", "-n", "1", ref) == ("", "oh\n")
     assert either.run("logs", "-n", "0", "--stream", "stdout", ref)[0] == ""
     assert either.run("logs", "--stream", "stderr", ref) == ("", "oh\n"), "on the right stream"
     stamped = either.run("logs", "-t", "--stream", "stdout", ref)[0].splitlines()

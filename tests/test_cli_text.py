@@ -7,6 +7,7 @@ Unaware: of servers and of how a command line is read (test_cli_units.py).
 from __future__ import annotations
 
 import os
+import random
 import signal
 from typing import Any
 
@@ -200,7 +201,18 @@ def test_a_line_without_end_is_not_held_back_for_ever() -> None:
     parts = [piece(b"x" * 1000, 1000 * n) for n in range(200)]
     found = list(pieces.lines(parts))
     assert len(found) == 4 and b"".join(p.data for p in found) == b"x" * 200_000
-    assert len(list(pieces.lines(parts, None))) == 1
+    assert list(pieces.line_ends(parts)) == ["stdout"], "but it is one line"
+
+
+def test_line_ends_are_told_in_the_order_of_lines() -> None:
+    dice = random.Random(7)
+    for _ in range(50):
+        given = [piece(bytes(dice.choice(b"ab\n") for _ in range(dice.randrange(1, 6))),
+                       stream=dice.choice(["stdout", "stderr"])) for _ in range(dice.randrange(8))]
+        ends = list(pieces.line_ends(given))
+        whole = [line.stream for line in pieces.lines(given) if line.data.endswith(b"\n")]
+        assert ends[:len(whole)] == whole
+        assert sorted(ends) == sorted(line.stream for line in pieces.lines(given))
 
 
 def test_cutting_loses_nothing() -> None:

@@ -1,6 +1,6 @@
 """The client library: addresses, asking again, typed results, and following without a gap or a repeat.
 
-Owns:    the tests of agentserver/client.py and agentserver/follow.py.
+Owns:    the tests of agentserver/client.py, and of what it says: calls.py to lines.py.
 Runs in: the test process, against a core that is a thread and can lie, stutter and die.
 Unaware: of real agents; the contract suite has those.
 """
@@ -21,7 +21,7 @@ from driven import Driven
 from fakecore import Connection, FakeCore
 from support import MAIN, wait_until
 
-from agentserver import AgentClient, EventsDropped, OutputDropped, address, follow
+from agentserver import AgentClient, EventsDropped, OutputDropped, address, follow, hints
 from agentserver.core.link import LineLink, NotThere, socket_path
 from agentserver.errors import LinkError, RequestError, RequestTimeout
 from agentserver.wire import encode, wire_text
@@ -241,6 +241,22 @@ def test_silence_is_a_timeout_and_absence_is_not(caller: AgentClient, core: Fake
     core.close()
     with type(caller)(f"unix:{state_dir}/core.sock") as other, pytest.raises(NotThere):
         other.health()
+
+
+def test_a_first_request_that_is_cut_is_asked_again(twin: Any, state_dir: Path) -> None:
+    """Somebody was there a moment ago; so nobody being there now is not yet the end."""
+    path = socket_path(str(state_dir))
+
+    def dies(raw: bytes, connection: Connection) -> Optional[bytes]:
+        core.close()
+        return None
+    successor: List[FakeCore] = []
+    with FakeCore(path, dies) as core, twin(f"unix:{path}") as caller:
+        timer = threading.Timer(0.2, lambda: successor.append(FakeCore(path)))
+        timer.start()
+        assert caller.request({"type": "x"})["success"]
+        timer.join()
+        successor[0].close()
 
 
 @pytest.mark.parametrize("answer", [b'{"request_id": "other", "success": true}', b"[]", b"hello"])
@@ -536,6 +552,36 @@ def test_lines_are_whole_whatever_the_chunks(caller: AgentClient, story: Story) 
     assert list(agent.lines()) == ["one", "two", "", "\ufffd", "last"]
 
 
+@pytest.mark.parametrize("written, lines", [
+    (b"12345678\n", ["12345678"]),
+    (b"123456789\n\n", ["12345678", "9", ""]),
+    ("1234567\u00e99 and more\n".encode(), ["1234567", "\u00e99 and ", "more"]),
+    ("12345\U0001f600\n".encode(), ["12345", "\U0001f600"]),
+    (b"\x80" * 10, ["\ufffd" * 8, "\ufffd" * 2])])
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_a_longer_line_than_may_be_held_comes_in_pieces(caller: AgentClient, story: Story, written: bytes,
+                                                        lines: List[str], at_once: int) -> None:
+    for at in range(0, len(written), at_once):
+        story.write(written[at:at + at_once])
+    agent = caller.agent("worker")
+    assert list(agent.lines(follow=False, max_line=8)) == lines
+    story.end()
+    assert list(agent.lines(max_line=8)) == lines
+
+
+def test_a_line_without_end_is_not_held(caller: AgentClient, story: Story) -> None:
+    agent = caller.agent("worker")
+    story.write(b"x" * 100)
+    endless = agent.lines(max_line=40)
+    assert [next(endless), next(endless)] == ["x" * 40] * 2
+    story.write(b"y" * 21)
+    assert next(endless) == "x" * 20 + "y" * 20
+    story.end()
+    assert list(endless) == ["y"]
+    with pytest.raises(ValueError, match="max_line"):
+        next(agent.lines(max_line=3))
+
+
 # ---------------------------------------------------------------- waiting
 
 def test_waiting_ends_with_the_event(caller: AgentClient, story: Story) -> None:
@@ -565,9 +611,9 @@ def test_waiting_can_be_bounded_and_names_who_is_late(caller: AgentClient) -> No
 def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, core: FakeCore, story: Story) -> None:
     """Without the seconds in which a server that was reached before is tried again."""
     looked = threading.Event()
-    real = follow.Hints.looked
+    real = hints.Hints.looked
 
-    def look(self: follow.Hints, key: str) -> None:
+    def look(self: hints.Hints, key: str) -> None:
         real(self, key)
         looked.set()
 
@@ -581,7 +627,7 @@ def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, co
     thread = threading.Thread(target=end_and_go)
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(follow.Hints, "looked", look)
+        patch.setattr(hints.Hints, "looked", look)
         (info,) = caller.wait(ID, timeout=20)
     thread.join()
     assert (info.id, info.status, info.exit and info.exit.code) == (ID, "failed", 3)
@@ -741,7 +787,7 @@ def test_publishing_off_does_not_stop_a_follower(
         raise LinkError("this server publishes nothing")
 
     monkeypatch.setattr(LineLink, "subscribe", refuse)
-    monkeypatch.setattr(follow, "_BLIND_SECS", 0.02)
+    monkeypatch.setattr(hints, "_BLIND_SECS", 0.02)
     timer = threading.Timer(0.1, lambda: (story.write(b"unheard"), story.end()))
     began = time.monotonic()
     timer.start()

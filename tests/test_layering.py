@@ -36,7 +36,7 @@ def documented_order() -> list[str]:
 #: the reading order: a file may use what stands above it (in its own layer; see ACROSS for the others)
 ORDER = documented_order()
 COMMON = ("errors", "wire", "messages", "results", "config")
-CLIENT = ("address", "talk", "calls", "follow", "client", "aclient")
+CLIENT = ("address", "talk", "calls", "hints", "follow", "lines", "client", "aclient")
 #: what a layer may use of the others, besides COMMON
 ACROSS = {
     "core": (),

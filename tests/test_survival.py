@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Callable
 
 import pytest
+from driven import Driven
 from support import DEADLINE_SECS, MAIN, Server, agent, wait_until
 from test_faults import back, zmq_answers
 from test_tree import grown
 from wire import LineWire, alive, new_id, states
 
+from agentserver import AgentClient, AgentServerError
 from agentserver.core.pidfd import tells_exit_codes
 from agentserver.core.tree import become_subreaper
 
@@ -251,6 +255,35 @@ def test_reload_keeps_the_keeper_and_renews_the_rest(server: Server) -> None:
     with LineWire(server.socket_path) as wire:
         wire.control(each, "write_stdin", data="x\n", eof=True)
         assert wire.output(each) == b"ready\nx\n" and wire.exit(each)["code"] == 0
+
+
+def test_who_comes_during_a_reload_is_served(link: str, start_server: Callable[..., Server], state_dir: Path) -> None:
+    """A server that is being renewed is there: of clients that never met it, with one request each, none fails."""
+    ipc = {"endpoint": f"ipc://{state_dir}.req", "pub_endpoint": f"ipc://{state_dir}.pub"} if link == "ipc" else {}
+    server = start_server(state_dir=state_dir, **ipc)
+    address, served, failed, over = server.address(link), [0], [], threading.Event()
+
+    def come() -> None:
+        for client in itertools.cycle((AgentClient, Driven)):
+            if over.is_set():
+                return
+            try:
+                with client(address) as new:
+                    served[0] += new.health().healthy
+            except AgentServerError as e:
+                failed.append(e)
+    coming = threading.Thread(target=come)
+    coming.start()
+    try:
+        for how in (by_request, by_signal, by_request):
+            before, shell = served[0], server.pids()["shell"]
+            reload(server, how)
+            back(server, "shell", shell)
+            wait_until(lambda: failed or served[0] > before + 2, what="clients to be served")
+    finally:
+        over.set()
+        coming.join()
+    assert not failed, failed[0]
 
 
 def copied(where: Path) -> Path:

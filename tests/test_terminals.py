@@ -650,6 +650,21 @@ def test_what_is_typed_arrives_once(start_server: Callable[..., Server], happens
         assert wire.info(ref)["pty"] == {"rows": 5, "cols": 6}
 
 
+def test_a_terminal_goes_with_the_last_of_us(start_server: Callable[..., Server]) -> None:
+    """Where nobody holds our side of it, the kernel hangs up, as it does not to an agent on pipes."""
+    server = start_server("--orphans", "leave")
+    with LineWire(server.socket_path) as wire:
+        ids = [wire.spawn("sleeper", ready=False, stdin=stdin) for stdin in ("pipe", "pty")]
+        for each in ids:
+            wire.until_output(each, b"ready")
+        there, gone = (wire.info(each)["pid"] for each in ids)
+    for pid in server.pids().values():
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not alive(gone), what="SIGHUP")
+    assert alive(there)
+    server.abandon()
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_a_shell_notices_nothing(start_server: Callable[..., Server]) -> None:
     server = start_server()

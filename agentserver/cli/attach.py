@@ -99,8 +99,8 @@ def _tell(left: Left, given: Namespace, info: AgentInfo) -> int:
         return left.ended.exit.returncode if left.ended.exit else exits.FAILED
     again = f"agentserver attach {info.id[:8]}" + (f" --server {shlex.quote(given.server)}" if given.server else "")
     if isinstance(left.error, LinkError):
-        raise LinkError(f"the server went away while you were attached to {info.id}: {left.error}; when it is back: "
-                        f"{again}", left.error.code)
+        reason = str(left.error).split("; ")[0]  # what to do is another thing here
+        raise LinkError(f"the server went away: {reason}; when it is back: {again}", left.error.code)
     if left.error is not None:
         raise left.error
     exits.note(f"detached from {connect.label(info)}; to attach again: {again}")

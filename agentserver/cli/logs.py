@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CHUNK = 256 * 1024
 #: (agent id, stream) -> the offset up to which it was shown
 Offsets = Dict[Tuple[str, str], int]
+#: stream -> from where to where it is to be shown
+Ranges = Dict[str, Tuple[int, int]]
 
 
 def logs(given: Namespace) -> int:
@@ -60,15 +62,33 @@ def _all(client: AgentClient, given: Namespace, agents: list[tuple[Agent, AgentI
 def _kept(agent: Agent, info: AgentInfo, given: Namespace, streams: tuple[str, ...],
           reached: Offsets) -> Iterator[Piece]:
     """Yield one agent's output so far, both streams in the order they were written."""
-    found = []
-    for stream in streams:
-        begin, end = _range(agent, info, stream, given)
+    ranges = {stream: _range(agent, info, stream, given) for stream in streams}
+    for stream, (begin, end) in ranges.items():
         reached[agent.id, stream] = max(begin, end)
-        found.append(_stream(agent, stream, begin, end))
-    merged = pieces.in_order(found)
     if given.lines is None:
-        return merged
-    return iter(deque(pieces.lines(merged, None), maxlen=given.lines))
+        return _between(agent, ranges)
+    return pieces.lines(_between(agent, _last(agent, info, ranges, given.lines)))
+
+
+def _between(agent: Agent, ranges: Ranges) -> Iterator[Piece]:
+    return pieces.in_order(_stream(agent, stream, begin, end) for stream, (begin, end) in ranges.items())
+
+
+def _last(agent: Agent, info: AgentInfo, ranges: Ranges, lines: int) -> Ranges:
+    """Narrow the ranges to the last lines of all streams together. They are counted first and read again then: lines
+    may be long, and are not held."""
+    wanted = dict.fromkeys(ranges, lines)
+    if sum(begin < end for begin, end in ranges.values()) > 1:
+        ranges = _from_last(agent, info, ranges, wanted)
+        ends = deque(pieces.line_ends(_between(agent, ranges)), maxlen=lines)
+        wanted = {stream: ends.count(stream) for stream in ranges}
+    return _from_last(agent, info, ranges, wanted)
+
+
+def _from_last(agent: Agent, info: AgentInfo, ranges: Ranges, wanted: dict[str, int]) -> Ranges:
+    from .tail import start_of_last
+    return {stream: (max(begin, start_of_last(agent, stream, info.output[stream], wanted[stream])), end)
+            if begin < end else (begin, end) for stream, (begin, end) in ranges.items()}
 
 
 def _range(agent: Agent, info: AgentInfo, stream: str, given: Namespace) -> tuple[int, int]:
@@ -80,9 +100,6 @@ def _range(agent: Agent, info: AgentInfo, stream: str, given: Namespace) -> tupl
     if given.since is not None:
         data = agent.client.control(agent.id, f"read_{stream}", since=given.since, max_bytes=1)
         begin = int(data.get("offset") or 0)
-    if given.lines is not None:
-        from .tail import start_of_last
-        begin = max(begin, start_of_last(agent, stream, span, given.lines))
     return begin, span.end_offset
 
 

@@ -7,6 +7,7 @@ Unaware: of how pieces are fetched.
 from __future__ import annotations
 
 import heapq
+from itertools import repeat
 from typing import Callable, Iterable, Iterator, NamedTuple
 
 from ..results import Chunk, OutputDropped
@@ -71,11 +72,10 @@ class _Begun(NamedTuple):
 class Cutter:
     """Cut the pieces of any number of streams into lines; a line has the time of its first byte.
 
-    A line is handed out in parts when it reaches `longest` bytes.
+    A line is handed out in parts when it reaches `LONGEST_LINE` bytes.
     """
 
-    def __init__(self, longest: int | None = LONGEST_LINE) -> None:
-        self._longest = longest
+    def __init__(self) -> None:
         self._begun: dict[tuple[str, str], _Begun] = {}
 
     def feed(self, piece: Piece) -> Iterator[Piece]:
@@ -85,7 +85,7 @@ class Cutter:
             begun = self._begun.setdefault(key, _Begun(piece._replace(offset=at), []))
             begun.parts.append(part)
             at += len(part)
-            if part.endswith(b"\n") or (self._longest and at - begun.first.offset >= self._longest):
+            if part.endswith(b"\n") or at - begun.first.offset >= LONGEST_LINE:
                 yield self._begun.pop(key).whole()
 
     def rest(self) -> list[Piece]:
@@ -102,9 +102,19 @@ def _parts(data: bytes) -> list[bytes]:
     return parts if parts[-1] else parts[:-1]
 
 
-def lines(pieces: Iterable[Piece], longest: int | None = LONGEST_LINE) -> Iterator[Piece]:
+def line_ends(pieces: Iterable[Piece]) -> Iterator[str]:
+    """Yield for each line the name of its stream, in the order in which lines end; at the end those of unfinished
+    ones."""
+    begun: dict[str, bool] = {}
+    for piece in pieces:
+        yield from repeat(piece.stream, piece.data.count(b"\n"))
+        begun[piece.stream] = not piece.data.endswith(b"\n")
+    yield from (stream for stream, unfinished in begun.items() if unfinished)
+
+
+def lines(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Yield the lines of streams, at the end the unfinished ones."""
-    cutter = Cutter(longest)
+    cutter = Cutter()
     for piece in pieces:
         yield from cutter.feed(piece)
     yield from cutter.rest()

@@ -74,13 +74,13 @@ class _Connection(asyncio.Protocol):
         self._transport: Optional[asyncio.Transport] = None
         self._asked: List[Tuple[str, asyncio.Future[bytes]]] = []
         self._ears: List[asyncio.Future[None]] = []
-        self._closing = self._paused = False
+        self._closing = self._parting = self._paused = False
         self.audience = Audience()
         #: why it can no longer be used
         self.error: Optional[LinkError] = None
 
     async def open(self) -> None:
-        """Dial, or raise `LinkError`."""
+        """Dial, or raise `LinkError`; then, and when this is cancelled, `give_up` is due."""
         sock = self._route.dial()
         sock.setblocking(False)
         try:
@@ -155,16 +155,27 @@ class _Connection(asyncio.Protocol):
                 return
 
     def connection_lost(self, exc: Optional[Exception]) -> None:
-        """See asyncio. Why an ssh ended takes a moment to find out; nothing may be dialled meanwhile."""
-        heard, why = self._incoming.heard, getattr(exc, "strerror", None) or str(exc or "it closed the connection")
+        """See asyncio."""
         self._transport = None
+        self._part(getattr(exc, "strerror", None) or str(exc or "it closed the connection"))
+
+    def _part(self, why: str) -> None:
+        """Have the route tell why it ended, once. To find that out of an ssh may take a moment, in which the loop must
+        not wait, and nothing may be dialled."""
+        if self._parting:
+            return
+        self._parting = True
         if not self._route.shared:
-            self._gone(None if self._closing else self._route.broke(why, heard))
-        elif self._closing:
-            self._loop.run_in_executor(None, self._route.hang_up, heard).add_done_callback(lambda _: self._gone(None))
+            self._gone(self._last_words(why, self._closing))
         else:
-            self._loop.run_in_executor(None, self._route.broke, why, heard).add_done_callback(
+            self._loop.run_in_executor(None, self._last_words, why, self._closing).add_done_callback(
                 lambda done: self._gone(None if done.cancelled() else done.result()))
+
+    def _last_words(self, why: str, wanted: bool) -> Optional[LinkError]:
+        if not wanted:
+            return self._route.broke(why, self._incoming.heard)
+        self._route.hang_up(self._incoming.heard)
+        return None
 
     def _gone(self, error: Optional[LinkError]) -> None:
         self._fail(error)
@@ -183,6 +194,11 @@ class _Connection(asyncio.Protocol):
         self._fail(error)
         if self._transport is not None:
             self._transport.abort()
+
+    def give_up(self) -> None:
+        """Let go of what could not be opened."""
+        self.close()
+        self._part("")
 
 
 def _finish(future: asyncio.Future[None]) -> None:
@@ -218,8 +234,8 @@ class _Trunk:
         try:
             await connection.open()
         except BaseException:
-            self._parted()
-            self.route.hang_up(False)
+            self._connection = connection  # until its end is dealt with
+            connection.give_up()
             raise
         return connection
 

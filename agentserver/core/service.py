@@ -140,9 +140,7 @@ class Service:
             connection.send_now()
             connection.close()
         if self._listener is not None:
-            self._listener.close()
-            if os.path.exists("core.sock") and os.stat("core.sock").st_ino == self._inode:
-                os.unlink("core.sock")
+            self._close_listener(self._listener)
         if self.yielded:
             self.supervisor.let_go()
         else:
@@ -152,6 +150,14 @@ class Service:
         self._last_words.close()
         self._witness.close()
         self.reactor.close()
+
+    def _close_listener(self, listener: socket.socket) -> None:
+        """A successor puts its socket in the place of ours, which stays until then: to whoever comes meanwhile, the
+        server is not gone."""
+        listener.close()
+        ours = os.path.exists("core.sock") and os.stat("core.sock").st_ino == self._inode
+        if ours and not self.yielded:
+            os.unlink("core.sock")
 
     def _on_channel(self, mask: int) -> None:
         if mask & WRITE:

@@ -102,4 +102,4 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
                 channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint}})
                 loop.run()
         finally:
-            front.close()
+            front.close(owner.followed)

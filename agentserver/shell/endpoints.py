@@ -142,13 +142,9 @@ def _bind_ipc(sock: zmq.Socket[Any], endpoint: str) -> Bound:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(listener.fileno(), 0o600)  # Linux gives the file this mode from its first moment
-        _clear_stale(path)
-        try:
-            listener.bind(path)
-        except OSError as e:
-            raise OSError(e.errno or errno.ENAMETOOLONG, e.strerror or str(e)) from None
-        os.chmod(path, 0o600)
-        listener.listen(128)
+        begin = _free_name(path)
+        _listen(listener, begin)
+        os.rename(begin, path)
         listener.setblocking(False)
         bound = Bound("ipc://" + path, path, _identity(path))
         sock.setsockopt(zmq.USE_FD, listener.fileno())
@@ -159,8 +155,27 @@ def _bind_ipc(sock: zmq.Socket[Any], endpoint: str) -> Bound:
         listener.close()
 
 
-def _clear_stale(path: str) -> None:
-    """Remove a socket file that nobody listens on; leave everything else alone."""
+def _free_name(path: str) -> str:
+    """Return `path`; where a dead socket lies there, a name beside it, to be put in its place when it listens: so that
+    there is one at any moment, for whoever looks."""
+    if not _is_stale(path):
+        return path
+    if _is_stale(path + "~"):
+        os.unlink(path + "~")
+    return path + "~"
+
+
+def _listen(listener: socket.socket, path: str) -> None:
+    try:
+        listener.bind(path)
+    except OSError as e:
+        raise OSError(e.errno or errno.ENAMETOOLONG, e.strerror or str(e)) from None
+    os.chmod(path, 0o600)
+    listener.listen(128)
+
+
+def _is_stale(path: str) -> bool:
+    """Whether a socket file is there that nobody listens on; raise `OSError` for anything but a socket."""
     caller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     caller.setblocking(False)
     try:
@@ -168,11 +183,12 @@ def _clear_stale(path: str) -> None:
             raise OSError(errno.EEXIST, "exists and is not a socket")
         caller.connect(path)
     except ConnectionRefusedError:
-        os.unlink(path)
+        return True
     except (FileNotFoundError, BlockingIOError, PermissionError):
         pass  # free, or somebody is there: bind(2) tells
     finally:
         caller.close()
+    return False
 
 
 def _identity(path: str) -> Tuple[int, int]:

@@ -212,13 +212,15 @@ class Front:
         self._link = FrameLink(self._core, self._hello)
         return RepLoop(self._rep, self._link, owner, self._config.request_timeout_secs)
 
-    def close(self) -> None:
-        """Stop the monitor, let the last replies out, close everything; safe to call half-way."""
+    def close(self, followed: bool = False) -> None:
+        """Stop the monitor, let the last replies out, close everything; safe to call half-way. A shell that follows
+        this one finds the file of an `ipc://` socket in its place: to whoever comes meanwhile, the server is not
+        gone."""
         if self._monitor is not None:
             self._monitor.stop()
         self._rep.close(linger=_LAST_REPLY_MS)
         if self._link is not None:
             self._link.close()
         self._context.term()
-        if self._bound is not None:
+        if self._bound is not None and not followed:
             self._bound.release()
