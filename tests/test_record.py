@@ -426,6 +426,15 @@ def test_the_space_bar_holds_it(cli: Cli, state_dir: Path) -> None:
         assert me.end() == 0
 
 
+def test_a_string_that_was_only_begun_is_ended_on_my_terminal(cli: Cli, state_dir: Path) -> None:
+    file = state_dir / "x.cast"
+    file.write_text('{"version": 2, "width": 80, "height": 24}\n[0, "o", "\\u001b[?1000hcut\\u001bPq off"]\n')
+    with Person(cli.environ, "replay", str(file)) as me:
+        assert me.end() == 0
+        assert "cut" in me.said()
+        me.assert_as_before()
+
+
 def test_a_terminal_that_is_smaller_is_told_of(cli: Cli, cast: str) -> None:
     with Person(cli.environ, "replay", cast, "--max-idle", "0", rows=20, cols=70) as me:
         assert me.end() == 0
