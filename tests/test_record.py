@@ -207,6 +207,11 @@ def test_several_attempts_are_one_recording(cli: Cli, client: AgentClient) -> No
     assert [event[1] for event in events] == ["stdout", "stdout", "exit"]
 
 
+def test_a_file_that_cannot_be_written_is_said(cli: Cli, client: AgentClient) -> None:
+    error = cli("record", client.spawn(["true"]).id, "-o", "/no/such/file", code=1)[1]
+    assert b"(bad_request): /no/such/file cannot be written: No such file" in error
+
+
 def test_an_agent_has_to_be_named(cli: Cli) -> None:
     assert b"name an agent" in cli("record", code=2)[1]
     assert b"agent_not_found" in cli("record", "nobody", code=4)[1]
