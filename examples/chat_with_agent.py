@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from agentserver import AgentClient
+from agentserver import AgentClient, AgentServerError
 
 HERE = Path(__file__).resolve().parent
 
@@ -34,4 +34,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except AgentServerError as error:
+        raise SystemExit(f"{error} ({error.code})") from None

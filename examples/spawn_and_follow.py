@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from agentserver import AgentClient
+from agentserver import AgentClient, AgentServerError
 
 
 def main() -> int:
@@ -26,4 +26,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except AgentServerError as error:
+        raise SystemExit(f"{error} ({error.code})") from None

@@ -324,6 +324,17 @@ def test_other_keys_can_detach(near: Place, tmp_path: Path) -> None:
     assert me.end() == 0
 
 
+def test_a_string_that_was_only_begun_is_ended_on_my_terminal(near: Place) -> None:
+    ref = near.spawn("sh", "-c", r"printf '\033[?1000h\033[?1049hready\033Pq cut off'; exec sleep 1000")
+    me = near.person("attach", ref.id)
+    me.until("ready")
+    assert me.vt.modes
+    me.type(b"\x10\x11")
+    assert me.end() == 0
+    me.assert_as_before()
+    assert "detached" in me.said()
+
+
 def test_a_lone_ctrl_p_waits_for_the_next_key_only(near: Place, tmp_path: Path) -> None:
     ref = near.fullscreen(tmp_path / "log")
     me = near.person("attach", ref.id)

@@ -157,7 +157,8 @@ def test_a_hostile_program_cannot_make_the_state_large() -> None:
     b"\x1bP+q544e\x1b\\", b"\x1b[18t", b"\x1b[14t", b"\x1b[22;0;0t", b"\x05", b"\x1bZ", b"\x1b[?1;1;0S", b"\x1b[x",
     b"\x07",
     b"\x1b]52;c;aGVsbG8=\x07", b"\x1b]9;ready\x07", b"\x1b]777;notify;a;b\x07", b"\x1b[5i",
-    b"\x1b_Gi=31,a=q;AAAA\x1b\\", b"\x1b[3J"])
+    b"\x1b_Gi=31,a=q;AAAA\x1b\\", b"\x1b[3J",
+    b"\x1bPtmux;\x1b\x1b[?1016$p\x1b\\", b"\x1bPtmux;\x1b\x1bP+q4d73\x1b\x1b\\\x1b\x1b[?1016$p\x1b\x1b[c\x1b\\"])
 def test_what_asks_or_acts_is_left_out(question: bytes) -> None:
     assert quiet(b"before" + question + b"after") == b"beforeafter"
 
@@ -170,6 +171,11 @@ def test_what_asks_or_acts_is_left_out(question: bytes) -> None:
     b"\x1bPq#0;2;0;0;0~~\x1b\\", "größe 日本".encode(), b"\xff\xfe", b"\x1b[u", b"\x1b[s", b"a\tb\r\n"])
 def test_what_only_shows_is_kept(harmless: bytes) -> None:
     assert quiet(b"before" + harmless + b"after") == b"before" + harmless + b"after"
+
+
+def test_what_goes_through_tmux_and_is_only_begun_can_still_be_ended() -> None:
+    for begun in (b"\x1bPtmux;", b"\x1bPtmux;\x1b\x1b[?1016$p", b"\x1bPtmux;\x1b\x1b[?1016$p\x1b"):
+        assert quiet(b"\x07" + begun) == begun
 
 
 def drawn(data: bytes, cut: bool = False, modes: "Modes | None" = None) -> tuple[Vt, bytes, bool]:

@@ -85,6 +85,7 @@ def test_an_example_without_arguments_says_how_it_is_used(state_dir: Path, name:
     assert done.returncode != 0 and "Traceback" not in done.stderr and name in done.stderr
 
 
-def test_an_example_without_a_server_ends_with_one_sentence(state_dir: Path) -> None:
-    done = run(state_dir, "batch.py", "--server", f"unix:{state_dir}/core.sock", "README.md")
+@pytest.mark.parametrize("name", ["async_client.py", "batch.py", "chat_with_agent.py", "spawn_and_follow.py"])
+def test_an_example_without_a_server_ends_with_one_sentence(state_dir: Path, name: str) -> None:
+    done = run(state_dir, name, "--server", f"unix:{state_dir}/core.sock", "README.md")
     assert done.returncode == 1 and "Traceback" not in done.stderr and "(unavailable)" in done.stderr

@@ -207,6 +207,11 @@ def test_several_attempts_are_one_recording(cli: Cli, client: AgentClient) -> No
     assert [event[1] for event in events] == ["stdout", "stdout", "exit"]
 
 
+def test_a_file_that_cannot_be_written_is_said(cli: Cli, client: AgentClient) -> None:
+    error = cli("record", client.spawn(["true"]).id, "-o", "/no/such/file", code=1)[1]
+    assert b"(bad_request): /no/such/file cannot be written: No such file" in error
+
+
 def test_an_agent_has_to_be_named(cli: Cli) -> None:
     assert b"name an agent" in cli("record", code=2)[1]
     assert b"agent_not_found" in cli("record", "nobody", code=4)[1]
@@ -424,6 +429,15 @@ def test_the_space_bar_holds_it(cli: Cli, state_dir: Path) -> None:
         me.type(" ")
         me.until("last")
         assert me.end() == 0
+
+
+def test_a_string_that_was_only_begun_is_ended_on_my_terminal(cli: Cli, state_dir: Path) -> None:
+    file = state_dir / "x.cast"
+    file.write_text('{"version": 2, "width": 80, "height": 24}\n[0, "o", "\\u001b[?1000hcut\\u001bPq off"]\n')
+    with Person(cli.environ, "replay", str(file)) as me:
+        assert me.end() == 0
+        assert "cut" in me.said()
+        me.assert_as_before()
 
 
 def test_a_terminal_that_is_smaller_is_told_of(cli: Cli, cast: str) -> None:

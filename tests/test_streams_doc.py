@@ -233,6 +233,11 @@ def test_an_agent_that_is_not_there_is_one_sentence(program: str, server: Server
     assert len(said) == 1 and "nobody" in said[0] and said[0].endswith("(agent_not_found)")
 
 
+def test_the_one_in_javascript_says_how_it_is_used(tmp_path: Path) -> None:
+    done = subprocess.run(javascript.script(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "usage: follow.mjs ENDPOINT AGENT DIRECTORY\n")
+
+
 # ---------------------------------------------------------------- the document
 
 DOCUMENT = (ROOT / "docs" / "streams.md").read_text("utf-8")

@@ -26,6 +26,8 @@ _STATE = re.compile(
     rb"\x1b(?:\[(?P<modes>\??[0-9;]+)(?P<set>[hl])|(?P<escape>[=>c])|\[(?P<soft>!)p|\[(?P<region>[0-9;]*)r"
     rb"|\[(?P<kitty>[<>=])(?P<flags>[0-9;]*)u|\[>4(?P<keys>;[0-9]+)?(?P<final>[mn])|\[(?P<shape>[0-9]*) q"
     rb"|\((?P<charset>[0-9A-Z<=>])|\](?P<colour>1[0-9]|4|9);(?P<value>[^\x07\x1b]*))")
+#: ends a sequence or a string that was cut off; to tmux CAN is a part of some strings
+CANCEL = b"\x18\x1b\\"
 _LONGEST_START = 64     # bytes of a sequence whose end has not come, that are kept for later
 _MOST_PUSHED = 99       # on the stack of the kitty keyboard protocol; terminals have fewer
 
@@ -161,8 +163,10 @@ def _popped(pushed: List[bytes]) -> bytes:
 
 # ---------------------------------------------------------------- output that was shown before
 
-#: one sequence, of any kind: CSI; OSC; DCS, APC, PM and SOS strings; the short ones; and single characters that act
-_SEQUENCE = re.compile(rb"\x1b\[(?P<prefix>[<-?]?)[0-?]*(?P<between>[ -/]*)(?P<final>[@-~])"
+#: one sequence, of any kind: what goes through tmux to its terminal, with every ESC in it doubled, perhaps without its
+#: end; CSI; OSC; DCS, APC, PM and SOS strings; the short ones; and single characters that act
+_SEQUENCE = re.compile(rb"\x1bPtmux;(?P<through>(?:[^\x1b]|\x1b[^\\])*)(?:\x1b\\|(?P<open>\x1b?\Z))"
+                       rb"|\x1b\[(?P<prefix>[<-?]?)[0-?]*(?P<between>[ -/]*)(?P<final>[@-~])"
                        rb"|\x1b\](?P<osc>[^\x07\x18\x1a\x1b]*)(?:\x07|\x1b\\)"
                        rb"|\x1b(?P<string>[P_^X])(?P<text>[^\x18\x1a\x1b]*)(?:\x1b\\)"
                        rb"|\x1b(?P<short>[ -/]*[0-OQ-WYZ`-~\\])|(?P<single>[\x05\x07])")
@@ -187,7 +191,9 @@ def quiet(data: bytes) -> bytes:
 
 
 def _kept(match: Match[bytes]) -> bytes:
-    if match["final"]:
+    if match["through"] is not None:
+        kept = match["open"] is not None  # of one that is only begun the terminal is told the rest later
+    elif match["final"]:
         kept = (match["prefix"], match["between"], match["final"]) not in _ASKING and match[0] != _FORGET
     elif match["osc"] is not None:
         kept = bool(_HARMLESS.match(match["osc"])) and b"?" not in match["osc"].split(b";")

@@ -16,6 +16,7 @@ import time
 from argparse import Namespace
 from typing import IO, TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
+from ..errors import RequestError
 from ..results import AgentInfo
 from ..wire import Json, from_rfc3339
 from . import connect, exits, pieces
@@ -56,7 +57,10 @@ def record(given: Namespace) -> int:
 def _target(path: str | None) -> IO[bytes]:
     if path is None or path == "-":
         return open(sys.stdout.fileno(), "wb", closefd=False)
-    return open(path, "wb")
+    try:
+        return open(path, "wb")
+    except OSError as e:
+        raise RequestError(f"{path} cannot be written: {e.strerror}") from None
 
 
 def _end(recording: Recording, info: AgentInfo) -> List[str]:

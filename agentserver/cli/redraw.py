@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple, Optional, Tuple
 
 from . import show
-from .escapes import Modes, quiet
+from .escapes import CANCEL, Modes, quiet
 
 if TYPE_CHECKING:
     from ..client import Agent
@@ -110,4 +110,4 @@ def flood(data: bytes, modes: Modes, dropped: int = 0) -> bytes:
     skipped += _boundary(data[skipped:])
     modes.feed(data[:skipped])
     note = b"" if modes.alternate else f"[{show.size(dropped + skipped)} are not shown]\r\n".encode()
-    return b"\x18" + back + b"\x1b[H\x1b[2J" + draw(note + data[skipped:], modes, False)[0]
+    return CANCEL + back + b"\x1b[H\x1b[2J" + draw(note + data[skipped:], modes, False)[0]

@@ -19,7 +19,7 @@ from typing import IO, Callable, Iterator, Optional, Protocol
 
 from ..errors import RequestError
 from . import connect, exits, out, show
-from .escapes import Modes, quiet
+from .escapes import CANCEL, Modes, quiet
 from .recording import LONGEST_LINE, Event, Player, events
 from .terminal import ENDING, Terminal
 
@@ -162,7 +162,7 @@ def _on_terminal() -> Iterator[Screen]:
         try:
             yield screen
         finally:
-            out.write(1, screen.modes.undo())
+            out.write(1, CANCEL + screen.modes.undo())
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"replay": replay}

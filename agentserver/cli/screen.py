@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Callable, Optional
 
 from ..errors import LinkError, RequestTimeout
 from . import out, redraw, run
-from .escapes import Modes
+from .escapes import CANCEL, Modes
 
 if TYPE_CHECKING:
     from ..client import AgentClient
     from ..results import AgentInfo, Chunk, OutputDropped
 
 STUCK_SECS = 1.0            # for a terminal that takes nothing any more, before it is left as it is
-_CANCEL = b"\x18"           # ends a sequence that was cut off
 _LAST_LINE = b"\x1b[m\x1b[999B"
 _MOVED = re.compile(rb"\x1b\[[0-9;]*[AFHdf]")  # the cursor was sent upwards: there may be something below it
 _LOOK_BACK = 4096           # bytes
@@ -104,6 +103,6 @@ class Screen:
     def _leave(self, away: bool) -> None:
         below = _LAST_LINE if _MOVED.search(self._recent) and not self._modes.alternate else b""
         try:
-            out.write(1, _CANCEL + self._modes.undo() + (below + b"\r\n" if away else b""))
+            out.write(1, CANCEL + self._modes.undo() + (below + b"\r\n" if away else b""))
         except OSError:
             pass  # it is gone

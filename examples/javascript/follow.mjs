@@ -165,6 +165,10 @@ async function follow(link, name, directory) {
 }
 
 const [endpoint, agent, directory] = process.argv.slice(2);
+if (!directory) {
+  console.error("usage: follow.mjs ENDPOINT AGENT DIRECTORY");
+  process.exit(1);
+}
 const link = new Link(endpoint);
 try {
   await follow(link, agent, directory);
