@@ -1,6 +1,6 @@
 # Every target makes what it needs: a virtual environment in .venv, from PYTHON (3.9 or newer).
 #   make demo     several real agents at once, shown live, nothing left behind
-#   make test     all tests on this Python (tox: on every Python installed)
+#   make test     all tests on this Python, two files at a time (WORKERS; tox: on every Python installed, one at a time)
 #   make lint     ruff and mypy --strict
 #   make chaos    three minutes of SIGKILLs, stops, cuts and full disks; everything is accounted for (CHAOS_SECS, CHAOS_SEED)
 #   make bench    speed and size, each figure beside its raw limit
@@ -9,6 +9,7 @@
 #   make clean    remove all that the above have made
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -20,7 +21,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 chaos: $(READY)
 	$(BIN)/python tests/chaos/run.py $(ARGS)

@@ -18,7 +18,7 @@ setup(
     packages=find_packages(include=["agentserver", "agentserver.*"]),
     package_data={"agentserver": ["py.typed"]},
     install_requires=["pyzmq>=22"],
-    extras_require={"dev": ["pytest>=7", "tox>=4", "ruff", "mypy"]},
+    extras_require={"dev": ["pytest>=7", "pytest-xdist>=3", "tox>=4", "ruff", "mypy"]},
     entry_points={"console_scripts": ["agentserver=agentserver.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
