@@ -187,7 +187,7 @@ def test_what_is_written_meanwhile_is_not_part_of_it(tmp_path: Path) -> None:
 
 def test_the_index_is_read_after_the_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory is not listed in one moment: what is written between is unknown to an index that was seen first."""
-    agent, real = Agent(tmp_path, random.Random(SEED)), output._numbered_files
+    agent, real = Agent(tmp_path, random.Random(SEED)), output.numbered_files
     agent.write("stdout", b"ready\n")
     agent.write("stderr", b"oh\n")
 
@@ -197,7 +197,7 @@ def test_the_index_is_read_after_the_streams(tmp_path: Path, monkeypatch: pytest
             agent.write("stderr", b"%d\n" % (2 * number))
             agent.write("stdout", b"%d\n" % (2 * number + 1))
         yield from [entry for entry in real(directory) if entry[0] != "index"]
-    monkeypatch.setattr(output, "_numbered_files", listed)
+    monkeypatch.setattr(output, "numbered_files", listed)
     assert ask(agent.log, "both")["lines"] == ["ready", "oh", *map(str, range(20))]
 
 

@@ -6,6 +6,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     lifecycle   the statuses and how they follow each other       pure
     backends    from a request to argv, environment, stdin        pure
     index       when it was written
+    segments    where the bytes of one stream lie
     output      what an agent wrote, by absolute offset
     pending     a reply that is not there yet
     log         our own log

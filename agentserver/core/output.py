@@ -17,16 +17,16 @@ import os
 import sys
 import termios
 import time
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from .index import LEAST_SEGMENT, OPEN, SEGMENT_BYTES, STDERR, STDOUT, TIME, Index, quietly, read_file
+from .segments import Segments, numbered_files
 
 CHUNK = 128 * 1024
 LEAST_CAP = 8 * LEAST_SEGMENT       # a smaller cap counts as this one
 RETRY_SECS = 1.0                    # between attempts to record again on a disk that failed
 SAME_TIME_SECS = 0.001              # chunks of one stream within it share an index record
 SPARE_SEGMENTS = 256                # how many more files a stream may have than full ones would need
-MAX_OFFSET = 2 ** 63 - 1
 
 _splice: Any = getattr(os, "splice", None)  # Linux, Python >= 3.10
 _NONBLOCK = int(getattr(os, "SPLICE_F_NONBLOCK", 0))
@@ -60,10 +60,10 @@ class OutputLog:
         # an eighth: then index (a quarter) and both open segments always leave closed ones to drop
         self._segment_bytes = max(LEAST_SEGMENT, min(segment_bytes, self._cap // 8))
         self._now = now
-        self._out = _Stream("stdout", STDOUT)
-        self._err = _Stream("stderr", STDERR)
+        self._out = Segments("stdout", STDOUT, _splice is not None)
+        self._err = Segments("stderr", STDERR, _splice is not None)
         self._index = Index(directory)
-        self._writing: _Stream | None = None        # the stream of the chunks that share a time
+        self._writing: Segments | None = None        # the stream of the chunks that share a time
         self._since = 0.0                           # when the first of them was written
         self._at = 0.0                              # when the last output was written
         self._retry_at = 0.0
@@ -114,7 +114,7 @@ class OutputLog:
             s.splice = _splice is not None
         self._index.close()
 
-    def _record(self, s: _Stream, data: bytes) -> None:
+    def _record(self, s: Segments, data: bytes) -> None:
         rest = memoryview(data)
         while len(rest):
             if not self._ready(s):
@@ -133,7 +133,7 @@ class OutputLog:
             self._mark(s)
             self.losses += 1
 
-    def _count(self, s: _Stream, count: int) -> None:
+    def _count(self, s: Segments, count: int) -> None:
         """Account for `count` bytes that are in the open segment now."""
         at = self._now()
         if s is not self._writing or not 0 <= at - self._since < SAME_TIME_SECS:
@@ -154,7 +154,7 @@ class OutputLog:
             self._index.add(self._at, self._out.end, self._err.end)
             self._index.shrink(self._cap // 4)
 
-    def _fail(self, s: _Stream, e: OSError) -> None:
+    def _fail(self, s: Segments, e: OSError) -> None:
         s.close()
         self._retry_at = self._now() + RETRY_SECS
         self.trouble = (f"output cannot be recorded in {self._directory}: {e.strerror or e}; the agent goes on and "
@@ -162,17 +162,17 @@ class OutputLog:
 
     # ------------------------------------------------------------ segments
 
-    def _stream(self, name: str) -> _Stream:
+    def _stream(self, name: str) -> Segments:
         if name == "stdout":
             return self._out
         if name == "stderr":
             return self._err
         raise ValueError(f"the streams are stdout and stderr, not {name!r}")
 
-    def _path(self, s: _Stream, start: int) -> str:
+    def _path(self, s: Segments, start: int) -> str:
         return f"{self._directory}/{s.name}.{start:020d}"
 
-    def _ready(self, s: _Stream) -> bool:
+    def _ready(self, s: Segments) -> bool:
         """Make sure that `s` has an open segment with room; tell whether it has."""
         if s.fd >= 0 and s.size < self._segment_bytes:
             return True
@@ -185,7 +185,7 @@ class OutputLog:
             return False
         return True
 
-    def _open(self, s: _Stream) -> None:
+    def _open(self, s: Segments) -> None:
         s.close()
         if s.size >= self._segment_bytes or s.gap:
             self._begin(s)
@@ -196,7 +196,7 @@ class OutputLog:
             if s.size >= self._segment_bytes or s.gap:
                 self._open(s)
 
-    def _mark(self, s: _Stream) -> None:
+    def _mark(self, s: Segments) -> None:
         """Leave an empty segment at the end of a stream whose last bytes were lost. A new name, or moving one, is
         possible on nearly every full disk, which the registry is not."""
         s.close()
@@ -213,7 +213,7 @@ class OutputLog:
             os.makedirs(self._directory, 0o700, exist_ok=True)
             return os.open(path, OPEN, 0o600)
 
-    def _begin(self, s: _Stream) -> None:
+    def _begin(self, s: Segments) -> None:
         """Leave the last segment behind; the next one starts at the end offset."""
         if not s.size:          # an empty one only marked the end: move the mark, which needs no space
             quietly(os.rename, self._path(s, s.start), self._path(s, s.end))
@@ -223,21 +223,21 @@ class OutputLog:
 
     def _trim(self) -> None:
         while self.disk_bytes() > self._cap:
-            less, more = sorted((self._out, self._err), key=_kept)
+            less, more = sorted((self._out, self._err), key=lambda s: s.kept)
             s = more if more.closed else less
             if not s.closed:
                 return
             self._drop_oldest(s)
         self._index.forget(self._out.first, self._err.first)
 
-    def _drop_oldest(self, s: _Stream) -> None:
+    def _drop_oldest(self, s: Segments) -> None:
         quietly(os.unlink, self._path(s, s.drop_oldest()))
         self.losses += 1
 
     def _recover(self) -> None:
         """Find out from the directory what is there."""
         found: dict[str, list[tuple[int, int]]] = {"stdout": [], "stderr": [], "index": []}
-        for name, number, status in _numbered_files(self._directory):
+        for name, number, status in numbered_files(self._directory):
             if name in found:
                 found[name].append((number, status.st_size))
                 if name != "index":
@@ -286,7 +286,7 @@ class OutputLog:
             begin, data = s.next_kept(asked), b""
         return OutputRead(data, begin, begin + len(data), s.first, begin - asked)
 
-    def _gather(self, s: _Stream, at: int, most: int) -> tuple[int, bytes]:
+    def _gather(self, s: Segments, at: int, most: int) -> tuple[int, bytes]:
         """Return the offset of the first byte that can be read at or after `at`, and the bytes from there."""
         begin = s.end
         pieces: list[bytes] = []
@@ -306,7 +306,7 @@ class OutputLog:
                 break
         return begin, pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _piece(self, s: _Stream, start: int, position: int, count: int) -> bytes:
+    def _piece(self, s: Segments, start: int, position: int, count: int) -> bytes:
         """Return bytes of one segment, none if the file is gone or its sectors are."""
         try:
             if s.fd >= 0 and start == s.start:
@@ -359,95 +359,6 @@ class OutputLog:
         return True
 
 
-class _Stream:
-    """What is kept of one stream: closed segments, then the last one, which is open while it is written."""
-
-    __slots__ = ("name", "column", "splice", "fd", "closed", "start", "size", "first", "end", "kept")
-
-    def __init__(self, name: str, column: int) -> None:
-        self.name = name
-        self.column = column        # in an index record
-        self.splice = _splice is not None
-        self.fd = -1
-        self.closed: list[tuple[int, int]] = []     # (start, size), in order, none empty
-        self.start = self.size = 0                  # of the last segment
-        self.first = self.end = 0                   # offsets
-        self.kept = 0                               # bytes in all segments
-
-    @property
-    def gap(self) -> bool:
-        """Whether bytes were lost after the last segment."""
-        return self.start + self.size != self.end
-
-    def grow(self, count: int) -> None:
-        self.size += count
-        self.end += count
-        self.kept += count
-
-    def lose(self, count: int) -> None:
-        self.end += count
-        if not self.kept:
-            self.first = self.end
-
-    def resize(self, size: int) -> None:
-        self.kept += size - self.size
-        self.size = size
-        self.end = max(self.end, self.start + size)
-        self._find_first()
-
-    def begin(self) -> None:
-        if self.size:
-            self.closed.append((self.start, self.size))
-        self.start, self.size = self.end, 0
-        self._find_first()
-
-    def drop_oldest(self) -> int:
-        start, size = self.closed.pop(0)
-        self.kept -= size
-        self._find_first()
-        return start
-
-    def recover(self, segments: list[tuple[int, int]]) -> None:
-        """Take over (start, size) pairs; where two overlap, the later one has the bytes."""
-        for (start, size), (following, _) in zip(segments, segments[1:]):
-            if size:
-                self.closed.append((start, min(size, following - start)))
-        if segments:
-            self.start, self.size = segments[-1]
-            self.end = self.start + self.size
-        self.kept = self.size + sum(size for _, size in self.closed)
-        self._find_first()
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            quietly(os.close, fd)
-
-    def next_kept(self, offset: int) -> int:
-        """Return the first kept offset that is not below `offset`, or the end."""
-        for start, _size in self.segments_from(offset):
-            return max(start, offset)
-        return self.end
-
-    def segments_from(self, offset: int) -> Iterator[tuple[int, int]]:
-        """Yield (start, size) of every segment with bytes at or after `offset`."""
-        for start, size in self.closed:
-            if start + size > offset:
-                yield start, size
-        if self.size and self.start + self.size > offset:
-            yield self.start, self.size
-
-    def _find_first(self) -> None:
-        if self.closed:
-            self.first = self.closed[0][0]
-        else:
-            self.first = self.start if self.size else self.end
-
-
-def _kept(s: _Stream) -> int:
-    return s.kept
-
-
 def _holds_bytes(fd: int) -> bool:
     """Tell whether a pipe has bytes to read now, so that no file is made for a stream that just ends."""
     try:
@@ -463,25 +374,3 @@ def _read_chunk(fd: int) -> bytes:
         if e.errno == errno.EIO:    # how Linux says that nobody holds the other end of a pseudo-terminal
             return b""
         raise
-
-
-def _numbered_files(directory: str) -> Iterator[tuple[str, int, os.stat_result]]:
-    """Yield (name, number, status) of every file that is called like one of ours."""
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                name, _, digits = entry.name.partition(".")
-                if len(digits) == 20 and digits.isascii() and digits.isdigit() and int(digits) <= MAX_OFFSET:
-                    status = _status(entry)
-                    if status is not None:
-                        yield name, int(digits), status
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-
-
-def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Return None of a file that was dropped meanwhile: a process that only reads looks while the core writes."""
-    try:
-        return entry.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return None
