@@ -1,11 +1,9 @@
 """The settings of a server: what may be set, where, and what is refused.
 
-Owns:    ServerConfig; SETTINGS, the one table behind flags, variables, file and docs; the INI reader.
-Runs in: any process; reads one file, changes nothing.
-Unaware: of what a setting does, and of what a `[backend NAME]` section means beyond the names of its keys.
-
-Defaults < file < environment < flags. The INI reader is our own because `configparser` forgets line numbers;
-what it accepts is a part of what `configparser` accepts, with the same meaning, and a test compares the two.
+Owns:    ServerConfig; SETTINGS, the one table behind flags, variables, file and docs.
+Runs in: any process.
+Unaware: of where a value came from (sources.py), of what a setting does, and of what a `[backend NAME]` section means
+         beyond the names of its keys.
 """
 from __future__ import annotations
 
@@ -16,12 +14,8 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from .errors import ConfigError
 
-#: variables with our prefix that are no settings: where clients look for a server, and whose process this is
-NOT_SETTINGS = frozenset(("AGENTSERVER_SERVER", "AGENTSERVER_SSH", "AGENTSERVER_SSH_COMMAND", "AGENTSERVER_AGENT_ID",
-                          "AGENTSERVER_DETACH_KEYS"))
 BACKEND_KEYS = ("like", "program", "argv", "argv_pipe", "stdin", "finish", "environment")
 BACKEND_KEY_PREFIXES = ("environment.", "file.", "tools.")
-MAX_FILE = 1024 * 1024     # bytes
 MAX_IPC_PATH = 107         # bytes; sun_path of unix(7) less its final NUL
 
 KIB, MIB, DAY = 1024, 1024 * 1024, 86400.0
@@ -32,19 +26,22 @@ Check = Callable[[Any, str], Any]
 
 # ---------------------------------------------------------------- checks: (value, name) -> value, or ConfigError
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as a sentence may show it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _nearest(word: str, known: List[str], least: float) -> str:
+def nearest(word: str, known: List[str], least: float) -> str:
+    """Return the known word that is most like this one, at least so much (0 to 1); "" if there is none."""
     import difflib
     return next(iter(difflib.get_close_matches(word, known, 1, least)), "")
 
 
-def _did_you_mean(word: str, known: List[str]) -> str:
-    nearest = _nearest(word, known, 0.6)
-    return f"did you mean {nearest}?" if nearest else f"known are {', '.join(known)}"
+def did_you_mean(word: str, known: List[str]) -> str:
+    """Return the end of a sentence that refuses a word."""
+    meant = nearest(word, known, 0.6)
+    return f"did you mean {meant}?" if meant else f"known are {', '.join(known)}"
 
 
 def _check_text(value: str, name: str) -> None:
@@ -63,18 +60,18 @@ def check_endpoint(endpoint: str, name: str = "endpoint") -> str:
         return _check_tcp(address, name)
     if scheme == "ipc":
         return _check_ipc(address, name)
-    raise ConfigError(f"{name} must be tcp://127.0.0.1:PORT or ipc:///PATH, not {_shown(endpoint)}")
+    raise ConfigError(f"{name} must be tcp://127.0.0.1:PORT or ipc:///PATH, not {shown(endpoint)}")
 
 
 def _check_tcp(address: str, name: str) -> str:
     host, colon, port = address.rpartition(":")
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise ConfigError(f"{name} must end in :PORT, a number from 0 to 65535 (0 takes a free one), "
-                          f"not tcp://{_shown(address)[1:-1]}")
+                          f"not tcp://{shown(address)[1:-1]}")
     if host == "localhost":  # not looked up: what a resolver says about it decides who can reach us
         host = "127.0.0.1"
     if not _is_loopback(host):
-        raise ConfigError(f"{name} may not listen on {_shown(host)}, which is no loopback address: this version has "
+        raise ConfigError(f"{name} may not listen on {shown(host)}, which is no loopback address: this version has "
                           "no keys, so whoever reached it could run commands here; use tcp://127.0.0.1:PORT (and a "
                           "tunnel such as `ssh -L` from other machines) or ipc:///PATH")
     return f"tcp://{host}:{int(port)}"
@@ -90,11 +87,11 @@ def _check_ipc(path: str, name: str) -> str:
     if path in ("", "*") or path.startswith("@"):
         # an abstract socket has no permissions, so every local user could connect to it
         raise ConfigError(f"{name} must name a socket file, such as ipc:///run/user/1000/agentserver, "
-                          f"not {_shown('ipc://' + path)}")
+                          f"not {shown('ipc://' + path)}")
     size = len(os.fsencode(path))
     if size > MAX_IPC_PATH:
         raise ConfigError(f"{name} has a path of {size} bytes and a socket's may have at most {MAX_IPC_PATH}; "
-                          f"use a shorter one than {_shown(path)}")
+                          f"use a shorter one than {shown(path)}")
     return "ipc://" + path
 
 
@@ -104,13 +101,13 @@ def _check_pub_endpoint(endpoint: str, name: str) -> str:
 
 def _check_server_id(value: str, name: str) -> str:
     if len(value) > 128 or not value.isprintable():
-        raise ConfigError(f"{name} must be at most 128 printable characters, not {_shown(value)}")
+        raise ConfigError(f"{name} must be at most 128 printable characters, not {shown(value)}")
     return value
 
 
 def _check_orphans(value: str, name: str) -> str:
     if value not in ("kill", "leave"):
-        raise ConfigError(f"{name} must be kill or leave, not {_shown(value)}")
+        raise ConfigError(f"{name} must be kill or leave, not {shown(value)}")
     return value
 
 
@@ -118,7 +115,7 @@ def _check_names(names: Tuple[str, ...], name: str) -> Tuple[str, ...]:
     for item in names:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*\*?", item):
             raise ConfigError(f"{name} takes names of variables, or beginnings of names such as CLAUDE_*, "
-                              f"not {_shown(item)}")
+                              f"not {shown(item)}")
     return names
 
 
@@ -285,7 +282,7 @@ class Setting:
         return right_type and (self.least is None or self.most is None or self.least <= value <= self.most)
 
     def _wrong(self, value: Any) -> ConfigError:
-        return ConfigError(f"{self.name} must be {self.wanted}, not {_shown(value)}")
+        return ConfigError(f"{self.name} must be {self.wanted}, not {shown(value)}")
 
 
 def _plain_type(value: Any, wanted: type) -> Any:
@@ -321,7 +318,7 @@ _PARSERS: Dict[type, Callable[[str], Any]] = {int: _whole, float: _number, str: 
 SETTINGS: Tuple[Setting, ...] = tuple(
     Setting(name=f.name, type=type(f.default), default=f.default, **f.metadata)
     for f in fields(ServerConfig) if f.metadata)
-_BY_NAME = {setting.name: setting for setting in SETTINGS}
+BY_NAME = {setting.name: setting for setting in SETTINGS}
 
 
 def default_state_dir(environ: Mapping[str, str]) -> str:
@@ -339,167 +336,19 @@ def check_backend_keys(name: str, section: Mapping[str, Any]) -> None:
     """Refuse a backend name that cannot be asked for, and keys that mean nothing."""
     where = section.get("where", {})
     if not re.fullmatch(r"\S{1,128}", name) or not name.isprintable():
-        raise ConfigError(_at(where.get(""), f"a backend needs a name without blanks, not {_shown(name)}"))
+        raise ConfigError(at(where.get(""), f"a backend needs a name without blanks, not {shown(name)}"))
     for key in section:
         known = key == "where" or key in BACKEND_KEYS or any(
             key.startswith(prefix) and key != prefix for prefix in BACKEND_KEY_PREFIXES)
         if not known:
             words = list(BACKEND_KEYS) + [prefix + "NAME" for prefix in BACKEND_KEY_PREFIXES]
-            raise ConfigError(_at(where.get(key), f"[backend {name}] has no key {_shown(key)}; "
-                                                  + _did_you_mean(key, words)))
+            raise ConfigError(at(where.get(key), f"[backend {name}] has no key {shown(key)}; "
+                                                  + did_you_mean(key, words)))
 
 
-def _at(place: Optional[str], sentence: str) -> str:
+def at(place: Optional[str], sentence: str) -> str:
+    """Put the place before a sentence, if there is one."""
     return f"{place}: {sentence}" if place else sentence
-
-
-# ---------------------------------------------------------------- from file, environment and flags
-
-def load(flags: Mapping[str, str], environ: Mapping[str, str], file: Optional[str]) -> ServerConfig:
-    """Return the settings: defaults < `file` < AGENTSERVER_… in `environ` < `flags` (setting name -> text)."""
-    texts: Dict[str, Tuple[str, str]] = {}   # setting -> (text, where it stands)
-    backends: Dict[str, Dict[str, Any]] = {}
-    if file is not None:
-        texts, backends = _from_file(file)
-    texts.update(_from_environment(environ))
-    texts.update(_from_flags(flags))
-    values = {name: _parsed(_BY_NAME[name], text, place) for name, (text, place) in texts.items()}
-    values["state_dir"] = values.get("state_dir") or default_state_dir(environ)
-    for name, section in backends.items():
-        check_backend_keys(name, section)
-    try:
-        return ServerConfig(backends=backends, **values)
-    except ConfigError as e:  # each value is right, so the endpoints do not fit together: say where one was given
-        places = [texts[name][1] for name in ("pub_endpoint", "endpoint") if name in texts]
-        raise ConfigError(_at(next(iter(places), None), str(e))) from None
-
-
-def _parsed(setting: Setting, text: str, place: str) -> Any:
-    try:
-        return setting.parse(text)
-    except ConfigError as e:
-        raise ConfigError(f"{place}: {e}") from None
-
-
-def _from_environment(environ: Mapping[str, str]) -> Dict[str, Tuple[str, str]]:
-    """Read our variables; an empty one counts as absent.
-
-    A misspelt setting is told. Others with our prefix are left alone: container platforms make up variables like
-    AGENTSERVER_PORT for a service of this name, and they must not keep the server from starting.
-    """
-    found = {}
-    for variable in sorted(environ):
-        if not variable.startswith("AGENTSERVER_") or variable in NOT_SETTINGS or not environ[variable]:
-            continue
-        name = variable[len("AGENTSERVER_"):].lower()
-        nearest = name if name in _BY_NAME else _nearest(name, list(_BY_NAME), 0.75)
-        if nearest and _BY_NAME[nearest].variable != variable:
-            raise ConfigError(f"{variable} is no setting; did you mean {_BY_NAME[nearest].variable}?")
-        if nearest:
-            found[name] = (environ[variable], variable)
-    return found
-
-
-def _from_flags(flags: Mapping[str, str]) -> Dict[str, Tuple[str, str]]:
-    found = {}
-    for name, text in flags.items():
-        if name not in _BY_NAME:
-            raise ConfigError(f"--{name.replace('_', '-')} is no setting; " + _did_you_mean(name, list(_BY_NAME)))
-        found[name] = (text, _BY_NAME[name].flag)
-    return found
-
-
-def _from_file(path: str) -> Tuple[Dict[str, Tuple[str, str]], Dict[str, Dict[str, Any]]]:
-    texts: Dict[str, Tuple[str, str]] = {}
-    backends: Dict[str, Dict[str, Any]] = {}
-    for title, header_place, entries in _sections(path):
-        words = title.split()
-        if words == ["server"]:
-            texts = _server_section(entries)
-        elif len(words) == 2 and words[0] == "backend":
-            backends[words[1]] = {key: text for key, (text, _) in entries.items()}
-            backends[words[1]]["where"] = {"": header_place, **{key: place for key, (_, place) in entries.items()}}
-        else:
-            raise ConfigError(f"{header_place}: there is no section [{title}]; settings stand in [server], "
-                              "and each backend in a [backend NAME] of its own")
-    return texts, backends
-
-
-def _server_section(entries: Dict[str, Tuple[str, str]]) -> Dict[str, Tuple[str, str]]:
-    for key, (_, place) in entries.items():
-        if key not in _BY_NAME:
-            raise ConfigError(f"{place}: {_shown(key)} is no setting; " + _did_you_mean(key, list(_BY_NAME)))
-    return entries
-
-
-# ---------------------------------------------------------------- INI
-
-Section = Tuple[str, str, Dict[str, Tuple[str, str]]]   # title, place, key -> (value, place)
-
-
-def _sections(path: str) -> List[Section]:
-    """Return the sections of an INI file: `key = value`, deeper lines continue a value, `#` and `;` begin comments."""
-    sections: List[Section] = []
-    key, indent = "", 0
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        place, stripped = f"{path}, line {number}", line.strip()
-        depth = len(line) - len(line.lstrip())
-        if stripped[:1] in ("#", ";"):
-            continue
-        if key and (not stripped or depth > indent):
-            value, first = sections[-1][2][key]
-            sections[-1][2][key] = (value + "\n" + stripped, first)
-        elif stripped.startswith("["):
-            sections.append((_title(stripped, place, sections), place, {}))
-            key = ""
-        elif stripped:
-            key, indent = _entry(stripped, place, sections), depth
-    return [(title, place, {key: (value.rstrip(), at) for key, (value, at) in entries.items()})
-            for title, place, entries in sections]
-
-
-def _title(line: str, place: str, sections: List[Section]) -> str:
-    title = " ".join(line[1:-1].split())
-    if not line.endswith("]"):
-        raise ConfigError(f"{place}: the section header {_shown(line)} has no closing ]")
-    for other, first, _ in sections:
-        if other == title:
-            raise ConfigError(f"{place}: section [{title}] is there twice, first in {first}; make them one")
-    return title
-
-
-def _entry(line: str, place: str, sections: List[Section]) -> str:
-    """Add `key = value` to the last section and return the key. No sentence shows a value: it may be a secret."""
-    key, equals, value = line.partition("=")
-    key = key.strip()
-    if not sections:
-        raise ConfigError(f"{place}: nothing may stand before the first section; begin with [server]")
-    if not equals or not key:
-        raise ConfigError(f"{place}: this is neither [section] nor name = value")
-    entries = sections[-1][2]
-    if key in entries:
-        raise ConfigError(f"{place}: {_shown(key)} is set twice, first in {entries[key][1]}; keep one")
-    entries[key] = (value.strip(), place)
-    return key
-
-
-def _text(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_FILE + 1)
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else str(e)
-        raise ConfigError(f"the configuration file {path} cannot be read: {reason}") from None
-    if len(raw) > MAX_FILE:
-        raise ConfigError(f"the configuration file {path} is larger than {MAX_FILE} bytes")
-    try:
-        text, bad = raw.decode("utf-8-sig"), raw.find(b"\0")
-    except UnicodeDecodeError as e:
-        text, bad = "", e.start
-    if bad >= 0:
-        line = raw[:bad].count(b"\n") + 1
-        raise ConfigError(f"{path}, line {line}: there is a byte that is not UTF-8 text; save the file as UTF-8")
-    return text
 
 
 # ---------------------------------------------------------------- documentation

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from agentserver import config, wire
-from agentserver.config import SETTINGS, ServerConfig, check_endpoint, default_state_dir, load, settings_table
+from agentserver import sources, wire
+from agentserver.config import SETTINGS, ServerConfig, Setting, check_endpoint, default_state_dir, settings_table
 from agentserver.core.backends import all_backends
 from agentserver.errors import ConfigError
+from agentserver.sources import load
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = {"HOME": "/home/u"}
@@ -56,7 +57,7 @@ def test_each_layer_wins_over_the_one_below(ini: Any) -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
-def test_every_setting_can_be_given_everywhere(setting: config.Setting, ini: Any) -> None:
+def test_every_setting_can_be_given_everywhere(setting: Setting, ini: Any) -> None:
     text = {"endpoint": "ipc:///run/a", "pub_endpoint": "none", "orphans": "leave"}.get(setting.name) or {
         int: str(int(setting.least or 0) + 1), float: "1.5", str: "/x", tuple: "A, B_*"}[setting.type]
     wanted = {int: int, float: float, str: str, tuple: lambda t: tuple(t.split(", "))}[setting.type](text)  # type: ignore
@@ -147,7 +148,7 @@ def test_a_named_file_that_cannot_be_read_is_refused(make: Any, tmp_path: Path) 
 
 
 def test_a_file_without_end_is_refused(ini: Any) -> None:
-    assert "larger than" in refusal({}, HOME, ini("#" * (config.MAX_FILE + 1)))
+    assert "larger than" in refusal({}, HOME, ini("#" * (sources.MAX_FILE + 1)))
 
 
 def test_misspelt_variables_and_flags_are_told() -> None:
@@ -269,7 +270,7 @@ def test_it_reads_what_configparser_reads(ini: Any) -> None:
         theirs.optionxform = str  # type: ignore[assignment, method-assign]
         theirs.read_string(INI)
         ours = {title: {key: value for key, (value, _) in entries.items()}
-                for title, _, entries in config._sections(ini("\ufeff" + INI.replace("\n", newline)))}
+                for title, _, entries in sources._sections(ini("\ufeff" + INI.replace("\n", newline)))}
         wanted = {" ".join(name.split()): dict(section) for name, section in theirs.items() if name}
         assert ours == wanted and ours["backend x"]["argv"] == "one\ntwo = 2\n\n[three]"
 

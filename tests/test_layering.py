@@ -35,7 +35,7 @@ def documented_order() -> list[str]:
 
 #: the reading order: a file may use what stands above it (in its own layer; see ACROSS for the others)
 ORDER = documented_order()
-COMMON = ("errors", "wire", "messages", "results", "config")
+COMMON = ("errors", "wire", "messages", "results", "config", "sources")
 CLIENT = ("address", "talk", "calls", "hints", "follow", "lines", "client", "aclient")
 #: what a layer may use of the others, besides COMMON
 ACROSS = {

@@ -43,12 +43,12 @@ def doctor(given: Namespace) -> int:
 
 
 def _all(given: Namespace) -> list[Finding]:
-    from .. import config
+    from .. import sources
     from ..errors import ConfigError
     findings = [python_version(), pyzmq()]
     try:
         flags = {"state_dir": given.state_dir} if given.state_dir else {}
-        settings = config.load(flags, os.environ, given.config).resolved(os.getcwd())
+        settings = sources.load(flags, os.environ, given.config).resolved(os.getcwd())
     except (ConfigError, OSError) as e:
         return [*findings, Finding("settings", BROKEN, str(e), "no server starts with them", "correct what is named")]
     from . import supervised

@@ -18,11 +18,11 @@ def serve(given: Namespace) -> int:
     if given.server is not None or given.timeout is not None or given.json:
         raise UsageError("`agentserver serve` is the server itself: it has no --server, --timeout or --json; "
                          "where it listens is set with --endpoint")
-    from .. import config
+    from .. import sources
     prefix = "setting_"
     flags = {name[len(prefix):]: text for name, text in vars(given).items()
              if name.startswith(prefix) and text is not None}
-    settings = config.load(flags, os.environ, given.config)
+    settings = sources.load(flags, os.environ, given.config)
     from ..core import serving
     return int(serving.serve(settings))
 

@@ -107,7 +107,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def add_settings(parser: ArgumentParser) -> None:
-    """Add a flag for every setting of the server. They stay text: config.py reads and checks all sources alike."""
+    """Add a flag for every setting of the server. They stay text: sources.py reads and checks all sources alike."""
     from ..config import SETTINGS
     for setting in SETTINGS:
         text = f"{setting.help} [{setting.wanted}; default: {setting.shown_default}]"
