@@ -32,6 +32,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     run         one attempt while its process exists: output pipes, timers
     losses      output that is gone, told as events
     takeover    what a core before us left of each agent
+    starting    how an attempt begins: its files, its pipes, its process
     family      which processes belong to which agent
     standstill  a tree that is stopped, step by step
     ending      the stop ladder, the exit, the exit record
@@ -58,7 +59,8 @@ Runs in: see each file.
 Unaware: of the network, the client and the command line.
 
 One request, from socket to process and back: connection -> control.handle -> commands -> supervisor
--> registry (commit) -> takeover (pipes or terminal to the keeper) -> witness -> process -> registry (commit) ->
-connection. Its end: SIGCHLD or the keeper's word -> ending -> supervisor -> registry and feed -> connection.
+-> starting -> registry (commit) -> takeover (pipes or terminal to the keeper) -> witness -> process ->
+registry (commit) -> connection.
+Its end: SIGCHLD or the keeper's word -> ending -> supervisor -> registry and feed -> connection.
 A new core, after whatever came before: takeover.inherit -> adoption.load -> service.
 """

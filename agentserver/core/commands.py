@@ -130,7 +130,7 @@ class Commands:
             return {"echo": params}
         if action == "get_env":
             spec = read(m.AgentConfig, self._supervisor.registry.spec(agent.id), "config")
-            return {"names": self._supervisor.environment_names(spec)}
+            return {"names": self._supervisor.starting.environment_names(spec)}
         raise RequestError(f"there is no action {action!r}; there are ping, echo, get_env", "unknown_command")
 
     # ------------------------------------------------------------ streams

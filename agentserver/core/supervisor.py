@@ -16,7 +16,7 @@ from ..config import ServerConfig
 from ..errors import RequestError
 from ..messages import AgentConfig
 from ..wire import Json, new_id, read, rfc3339, to_wire
-from . import backends, lifecycle, process, tree
+from . import lifecycle, tree
 from .agent import Agent, new_record
 from .counters import Counters
 from .ending import Ending, exit_record
@@ -30,6 +30,7 @@ from .reactor import Reactor
 from .registry import Ask, Registry
 from .run import Run
 from .standstill import Standstill
+from .starting import Starting
 from .stdin import Stdin
 from .takeover import Keeper
 from .terminal import Terminal
@@ -50,11 +51,9 @@ class Supervisor:
         self.stdin_limit = config.stdin_buffer_bytes
         self.agents: dict[str, Agent] = {}
         self._finished: dict[str, None] = {}  # ids of finished agents, oldest end first
-        self._environ = backends.base_environment(environ, config.pass_environment)  # walking it for each spawn is dear
-        self._nofile, self._say = nofile, say
-        self._backends = backends.all_backends(config.backends)
-        self.boot = tree.boot_id()
-        self.family, self._keeper, self._witness = family, keeper, witness
+        self._say, self.boot = say, tree.boot_id()
+        self.family, self._keeper = family, keeper
+        self.starting = Starting(config, registry, environ, nofile, witness, keeper, self.directory, reactor.clock)
         self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self.on_end,
                              self.save, say)
         self.standstill = Standstill(reactor, family, self.save)
@@ -113,7 +112,7 @@ class Supervisor:
     def spawn(self, config: AgentConfig, metadata: Json, ask: Ask) -> Agent:
         """Start an agent; raise `RequestError`, leaving no trace, when it cannot be started."""
         self.check_room()
-        launch = self._plan(config)
+        launch = self.starting.plan(config)
         agent_id = new_id()
         limits = config.limits.runtime_secs if config.limits else None
         record = new_record(
@@ -130,7 +129,7 @@ class Supervisor:
                                "message_too_large")
         self.registry.add_agent(agent_id, agent.created_at, to_wire(config), agent.record())
         try:
-            self._start(agent, launch, ask)
+            self.attend(agent, self.starting.start(agent, launch, ask))
         except BaseException:
             self._erase(agent)
             raise
@@ -144,14 +143,6 @@ class Supervisor:
         ended = [agent for agent in self.agents.values() if agent.terminal]
         self._finished = {agent.id: None for agent in sorted(ended, key=lambda agent: agent.finished_at or 0)}
 
-    def _plan(self, config: AgentConfig) -> backends.Launch:
-        return backends.plan(config, self._backends, self._environ, self.config.pass_environment)
-
-    def environment_names(self, config: AgentConfig) -> list[str]:
-        """Return the names, never the values, of what an agent finds in its environment."""
-        launch = self._plan(config)
-        return sorted({*launch.environment, *launch.files, tree.MARK})
-
     def output(self, agent_id: str) -> OutputLog:
         """Return what is kept of an agent's output."""
         return OutputLog(self.directory(agent_id), self.config.output_cap_bytes)
@@ -159,31 +150,6 @@ class Supervisor:
     def directory(self, agent_id: str) -> str:
         """Return where the files of an agent are."""
         return os.path.join(self.config.state_dir, "agents", agent_id)
-
-    def _start(self, agent: Agent, launch: backends.Launch, ask: Ask) -> None:
-        trouble = self._witness.expect(agent.id)  # first: an agent that is on disk is the one that has not begun
-        if not trouble and not self.registry.begin(ask, agent.id):  # then known: our death leaves no ghost, no double
-            trouble = self.registry.trouble
-        if trouble:
-            raise RequestError(_no_disk(trouble), "unavailable")
-        directory = self.directory(agent.id)
-        _write_files(directory, launch.files)
-        environment = {**launch.environment_in(directory), tree.MARK: agent.id}
-        ends = process.ends(agent.stdin, agent.pty)
-        self._keeper.hold(agent.id, ends.ours)  # before the fork: now our death costs nothing
-        try:
-            pid = process.spawn(launch.argv, environment, agent.cwd, ends, self._nofile, self._witness.action)
-        except BaseException:
-            ends.close()
-            self._keeper.release(agent.id, [])
-            raise
-        tree.unshield(pid)
-        seen = tree.look(pid)
-        agent.pid, agent.start, agent.adopted = pid, seen.start if seen else None, False
-        self._keeper.hold_pid(agent.id, pid, agent.start)
-        agent.started_at, agent.began = time.time(), self.reactor.clock()
-        agent.ending, agent.signalled, agent.stdin_closing = None, {}, False
-        self.attend(agent, ends.ours)
 
     def attend(self, agent: Agent, ends: Mapping[str, int], stdin_file: int = -1) -> None:
         """Watch over a leader that runs, from its start or from where a core before us had to leave it."""
@@ -248,16 +214,10 @@ class Supervisor:
             self.stop(agent, ask, grace_secs, want="restart")
             return agent.attempt + 1
         self.check_room()
-        self._check_disk(agent)
+        self.save(agent)
+        self.starting.check_disk(agent)
         self._again(agent, ask)
         return agent.attempt
-
-    def _check_disk(self, agent: Agent) -> None:
-        """Refuse a restart that could not be written down, before anything of it is done."""
-        self.save(agent)
-        trouble = self._witness.expect(agent.id) or ("" if self.registry.commit() else self.registry.trouble)
-        if trouble:
-            raise RequestError(_no_disk(trouble), "unavailable")
 
     def _again(self, agent: Agent, ask: Ask) -> None:
         self.ending.close(agent)
@@ -271,11 +231,11 @@ class Supervisor:
     def start_again(self, agent: Agent, ask: Ask) -> None:
         """Start an attempt of an agent that is known; if it cannot be, the record says so, and `RequestError`."""
         try:
-            launch = self._plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
+            launch = self.starting.plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
             agent.command, agent.stdin = launch.argv, launch.stdin
             agent.pty = launch.pty and (agent.pty or launch.pty)  # it keeps the size that somebody gave it
             self.save(agent)
-            self._start(agent, launch, ask)
+            self.attend(agent, self.starting.start(agent, launch, ask))
         except RequestError as e:
             self.on_end(agent, lifecycle.NOT_STARTED, exit_record("not_started", None, 0.0, None, []), str(e))
             raise
@@ -521,24 +481,6 @@ class Supervisor:
                 tree.send(proc, SIGKILL)
             self.announce("down")
             self._on_down()
-
-
-def _no_disk(trouble: str) -> str:
-    return f"the server cannot write down what it starts ({trouble}); make room on its disk"
-
-
-def _write_files(directory: str, files: Mapping[str, str]) -> None:
-    """Write what an agent is to find in files, for its user's eyes only."""
-    try:
-        if files:
-            os.makedirs(directory, 0o700, exist_ok=True)
-        for name, text in files.items():
-            fd = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(text)
-    except OSError as e:
-        raise RequestError(f"the files that the agent is to find cannot be written: {os.strerror(e.errno or 0)}",
-                           "spawn_failed") from None
 
 
 def summary(record: Json) -> str:
