@@ -51,6 +51,20 @@ def test_pause_and_resume_reach_every_member(unix: LineWire) -> None:
     wait_until(lambda: states(pids) == {"S"}, what="every member to go on")
 
 
+def test_resumed_and_paused_in_one_breath(unix: LineWire) -> None:
+    """What we stopped ourselves is not taken for what stood still before, nor for what still does."""
+    tree, pids = grown(unix, 2, 2)
+    for _ in range(5):
+        unix.control(tree, "pause")
+        unix.send(b"\n".join(json.dumps({"type": "control_command", "request_id": f"{tree}{n}{os.urandom(4).hex()}",
+                                         "agent_id": tree, "command_type": command}).encode()
+                             for n, command in enumerate(("resume", "pause", "resume", "pause"))))
+        assert all(json.loads(unix.receive())["success"] for _ in range(4))
+        assert states(pids) == {"T"}
+        unix.control(tree, "resume")
+        wait_until(lambda: states(pids) == {"S"}, what="every member to go on")
+
+
 def test_pause_reaches_a_daemon(unix: LineWire) -> None:
     daemoniser = unix.spawn("daemoniser", "wait", "keep")
     daemon = int(unix.lines(daemoniser, 2)[1])

@@ -191,7 +191,6 @@ class Family:
                 if but.get(str(proc.pid)) != proc.start:
                     tree.send(proc, SIGCONT)
             self._signal_leader(agent, SIGCONT)
-            self.stale()
 
     def _signal_leader(self, agent: Agent, number: int) -> None:
         assert agent.pid is not None

@@ -47,7 +47,7 @@ class Standstill:
 
     def before(self, agent: Agent) -> dict[str, int]:
         """Return who of a tree stands still already, pid and start: a shell's stopped jobs."""
-        still = [proc for proc in self._family.whole(agent) if proc.state == "T" and proc.pid != agent.pid]
+        still = [proc for proc in _now(self._family.whole(agent)) if proc.state == "T" and proc.pid != agent.pid]
         return {str(proc.pid): proc.start for proc in still[:REMEMBERED_MOST]}
 
     def begin(self, agent: Agent) -> None:
@@ -90,10 +90,10 @@ class Standstill:
     def _stands_still(self, moving: _Tree, secs: float) -> bool:
         """Stop who can be stopped now; return whether there is nobody, or no time, left."""
         agent = moving.agent
-        left = [now for proc in moving.known if (now := tree.look(proc.pid)) and _moves(now, proc)]
+        left = _moving(moving.known)
         if not left:
             moving.known = self._family.whole(agent)
-            left = [proc for proc in moving.known if _moves(proc, proc)]
+            left = _moving(moving.known)
         above = {proc.pid for proc in left} if agent.stdin == "pty" and secs < PARENTS_SECS else set()
         for proc in left:
             if proc.parent not in above and tree.send(proc, SIGSTOP):
@@ -116,8 +116,13 @@ class Standstill:
             promise.complete(reply)
 
 
-def _moves(now: Proc, known: Proc) -> bool:
-    return now.start == known.start and now.state not in STILL
+def _now(procs: list[Proc]) -> list[Proc]:
+    """Return them as they are at this moment: a look at all of /proc may be older than what was done in this turn."""
+    return [now for proc in procs if (now := tree.look(proc.pid)) is not None and now.start == proc.start]
+
+
+def _moving(procs: list[Proc]) -> list[Proc]:
+    return [proc for proc in _now(procs) if proc.state not in STILL]
 
 
 def _to_stand_still(agent: Agent) -> bool:
