@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -307,6 +308,33 @@ def test_it_can_be_suspended(near: Place, tmp_path: Path) -> None:
     assert me.is_raw and me.vt.modes == modes
     me.type("q")
     assert me.end() == 0
+    me.assert_as_before()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize("ended", [False, True])
+def test_begun_in_the_background_it_waits_to_be_continued(near: Place, tmp_path: Path, ended: bool) -> None:
+    ref = near.fullscreen(tmp_path / "log")
+    me = near.person(program=(*SHELL, "-i"))
+    command = shlex.join([sys.executable, str(MAIN), "attach", ref.id])
+    me.type(f"{command} & echo; echo job $! begun\r")
+    me.until(lambda text: re.search(r"job \d+ begun", text))
+    pid = int(re.findall(r"job (\d+) begun", me.look())[0])
+    wait_until(lambda: me.look() is not None and process_state(pid) == "T", what="it to be stopped")
+    if ended:
+        me.type("kill %1\r")
+        wait_until(lambda: me.look() is not None and not os.path.exists(f"/proc/{pid}"), what="it to end")
+        me.type("jobs\r")
+        me.until("Exit 143")
+        assert "mistake" not in me.said()
+    else:
+        me.type("fg\r")
+        me.until(lambda text: me.vt.alternate and drew(text))
+        assert me.is_raw
+        me.type(DETACH)
+        me.until("detached")
+    me.type("exit\r")
+    me.end()
     me.assert_as_before()
 
 

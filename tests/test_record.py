@@ -12,6 +12,8 @@ import json
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import pytest
 from person import Person
 from support import DEADLINE_SECS, MAIN, ROOT, Server, agent, clean_environ, wait_until
 from test_cli import line_of, running
+from wire import process_state
 
 from agentserver import AgentClient
 from agentserver.cli import recording, replay
@@ -412,6 +415,24 @@ def test_a_signal_ends_it_and_the_terminal_is_given_back(cli: Cli, cast: str, nu
         me.until("keys dab")
         me.signal(number)
         assert me.end() == 128 + number
+        me.assert_as_before()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_begun_in_the_background_it_waits_for_the_foreground(cli: Cli, state_dir: Path) -> None:
+    file = state_dir / "x.cast"
+    file.write_text('{"version": 2, "width": 80, "height": 24}\n[0, "o", "shown"]\n[5000, "o", "later"]\n')
+    with Person(cli.environ, program=("bash", "--norc", "--noprofile", "-i")) as me:
+        me.type(shlex.join([sys.executable, str(MAIN), "replay", str(file)]) + " & echo; echo job $! begun\r")
+        me.until(lambda text: re.search(r"job \d+ begun", text))
+        pid = int(re.findall(r"job (\d+) begun", me.look())[0])
+        wait_until(lambda: me.look() is not None and process_state(pid) == "T", what="it to be stopped")
+        me.type("fg\r")
+        me.until(lambda text: "shown" in text and me.is_raw)
+        me.type("\x03")
+        wait_until(lambda: me.look() is not None and not process_state(pid), what="it to end")
+        me.type("exit\r")
+        me.end()
         me.assert_as_before()
 
 

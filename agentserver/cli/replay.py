@@ -147,6 +147,8 @@ class _Shown:
         for number in signals:
             if number in ENDING:
                 raise _Ended(number)
+        if signal.SIGCONT in signals:
+            self._terminal.take()
         return SPACE in keys
 
     def show(self, event: Event) -> None:

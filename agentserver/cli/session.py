@@ -80,9 +80,10 @@ class Session:
     # ------------------------------------------------------------ what comes
 
     def _on_signals(self, numbers: bytes) -> Optional[Left]:
+        ending = [number for number in numbers if number in ENDING]
+        if ending:  # before a SIGCONT, which comes with it where a shell ends a job that was stopped
+            return Left(signal=ending[0])
         for number in numbers:
-            if number in ENDING:
-                return Left(signal=number)
             if number == signal.SIGWINCH and not self._due:
                 self._due.append((time.monotonic() + DRAG_SECS, None))
             elif number == signal.SIGTSTP:
@@ -90,8 +91,9 @@ class Session:
                 self._terminal.suspend()
             elif number == signal.SIGCONT:
                 self._terminal.take()
-                self._screen.resume()
-                self._nudge()
+                if self._screen.drawn:  # else it was stopped before, in the background
+                    self._screen.resume()
+                    self._nudge()
         return None
 
     def _on_news(self) -> Optional[Left]:

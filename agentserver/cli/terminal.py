@@ -6,6 +6,7 @@ Unaware: of servers and agents, and of what is shown.
 """
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -61,12 +62,20 @@ class Terminal:
     # ------------------------------------------------------------ modes
 
     def take(self) -> None:
-        """Let every key come as it is, at once and unseen (raw mode of cfmakeraw(3))."""
+        """Let every key come as it is, at once and unseen (raw mode of cfmakeraw(3)).
+
+        In the background that stops us (SIGTTOU). Then it is done after all on the SIGCONT that `wait` tells of.
+        """
         if not self.raw:
             return
         now = termios.tcgetattr(0)
-        self._before = self._before or now
-        termios.tcsetattr(0, termios.TCSANOW, _raw(now))
+        try:
+            termios.tcsetattr(0, termios.TCSANOW, _raw(now))
+        except termios.error as e:
+            if e.args[0] != errno.EINTR:
+                raise
+        else:
+            self._before = self._before or now
 
     def give_back(self) -> None:
         """Make the terminal what it was; forget what was typed or reported since, which was meant for the agent."""
