@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from .calls import Calls, Json
-from .errors import LinkError, RequestTimeout
+from .errors import LinkError, RequestError, RequestTimeout
 from .hints import SERVER, Hints
 from .results import AgentInfo, Chunk, EventsDropped, OutputDropped
 from .talk import Item, Talk
@@ -161,11 +161,12 @@ def follow(calls: Calls, refs: Any, names: Sequence[str], since: Since, offsets:
            timeout: Optional[float]) -> Talk[None]:
     """See `AgentClient.follow`."""
     deadline = _deadline(calls, timeout)
+    names, told = _named(names), _told(since, offsets)
     ids = list(dict.fromkeys((yield from calls.resolve_all(refs))))
     output = _Output()
     for agent_id in ids:
         for name in names:
-            begin = yield from _begin(calls, agent_id, name, since, offsets)
+            begin = yield from _begin(calls, agent_id, name, since, told)
             output.streams[f"{agent_id}.{name}"] = _Stream(agent_id, name, begin)
     hints = Hints(calls, [*output.streams, *(f"status.{id_}" for id_ in ids)], ids, deadline)
     while output.streams:
@@ -178,12 +179,35 @@ def follow(calls: Calls, refs: Any, names: Sequence[str], since: Since, offsets:
         pass
 
 
-def _begin(calls: Calls, agent_id: str, name: str, since: Since, offsets: Mapping[Any, int]) -> Talk[int]:
-    """Return the offset from which a stream is to be followed."""
+def _named(names: Sequence[str]) -> Sequence[str]:
+    """Return the names of streams; one alone may be given as it is. A wrong one would be followed for ever."""
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if name not in STREAMS:
+            raise RequestError(f"there is no stream {name!r}; there are {' and '.join(STREAMS)}")
+    return names
+
+
+def _told(since: Since, offsets: Mapping[Any, int]) -> Mapping[Any, int]:
+    """Return the offsets that the caller gave, checked: what is ignored in silence begins elsewhere than was meant."""
+    if not (since is None or isinstance(since, (str, Mapping)) or hasattr(since, "timestamp")):
+        raise RequestError(f"since is {since!r}; give a time (RFC 3339 text, or a datetime), or an offset by stream, "
+                           "as {'stdout': 0}")
     told = {**since, **offsets} if isinstance(since, Mapping) else offsets
+    for key, offset in told.items():
+        if (key[-1] if isinstance(key, tuple) and len(key) == 2 else key) not in STREAMS:
+            raise RequestError(f"an offset is given for {key!r}; give the name of a stream, or "
+                               "a pair of agent id and name")
+        if not isinstance(offset, int) or offset < 0:
+            raise RequestError(f"the offset for {key!r} is {offset!r}; give a whole number, 0 or more")
+    return told
+
+
+def _begin(calls: Calls, agent_id: str, name: str, since: Since, told: Mapping[Any, int]) -> Talk[int]:
+    """Return the offset from which a stream is to be followed."""
     offset = told.get((agent_id, name), told.get(name))
     if offset is not None or since is None or isinstance(since, Mapping):
-        return int(offset or 0)
+        return offset or 0
     time = since if isinstance(since, str) else rfc3339(since.timestamp())
     return (yield from calls.read(agent_id, name, None, 1, since=time)).offset
 

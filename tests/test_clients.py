@@ -98,6 +98,22 @@ def test_what_is_refused_and_what_is_not_there(client: AgentClient) -> None:
         client.spawn(comand=["x"])
 
 
+@pytest.mark.parametrize("arguments, sentence", [
+    ({"streams": ["stdin"]}, "no stream 'stdin'; there are stdout and stderr"),
+    ({"streams": "out"}, "no stream 'out'"),
+    ({"since": 5}, "since is 5; give a time"),
+    ({"since": {"out": 1}}, "an offset is given for 'out'"),
+    ({"offsets": {("a", "b", "stdout"): 1}}, "pair of agent id and name"),
+    ({"offsets": {"stdout": "1"}}, "the offset for 'stdout' is '1'; give a whole number"),
+    ({"offsets": {"stdout": -1}}, "0 or more")], ids=str)
+def test_what_cannot_be_followed_is_refused_at_once(client: AgentClient, arguments: Any, sentence: str) -> None:
+    """It would be waited for for ever, or be followed from another place than was meant."""
+    one = client.spawn(agent("exit_with", "0"))
+    with pytest.raises(RequestError, match=sentence):
+        next(client.follow(one.id, **arguments))
+    assert together(client.follow(one.id, streams="stdout")) == {(one.id, "stdout"): b"ready\n"}
+
+
 # ---------------------------------------------------------------- following output
 
 def test_early_and_late_followers_get_every_byte(client: AgentClient, tmp_path: Path) -> None:

@@ -184,9 +184,9 @@ class Filter:
                 self._words, self._fold, self._exact = literals(pattern)
             except re.error as e:
                 where = "" if e.pos is None else f" at character {e.pos}"
-                raise RequestError(f"filter is not a regular expression: {e.msg}{where}") from None
+                raise RequestError(f"{pattern[:60]!r} is not a regular expression: {e.msg}{where}") from None
             except (OverflowError, ValueError, RecursionError, MemoryError, RuntimeError) as e:
-                raise RequestError("filter is no regular expression that can be worked with: "
+                raise RequestError(f"{pattern[:60]!r} is no regular expression that can be worked with: "
                                    f"{e or 'it takes too much memory'}") from None
         self._raw_words = [word.encode("utf-8") for word in self._words]
 
