@@ -11,7 +11,7 @@ from vt import Vt
 
 from agentserver.cli import redraw
 from agentserver.cli.detach import Keys, read_keys
-from agentserver.cli.escapes import Modes, quiet
+from agentserver.cli.escapes import Modes, Quiet, quiet
 
 # ---------------------------------------------------------------- the keys that detach
 
@@ -161,6 +161,9 @@ def test_a_hostile_program_cannot_make_the_state_large() -> None:
     b"\x1bPtmux;\x1b\x1b[?1016$p\x1b\\", b"\x1bPtmux;\x1b\x1bP+q4d73\x1b\x1b\\\x1b\x1b[?1016$p\x1b\x1b[c\x1b\\"])
 def test_what_asks_or_acts_is_left_out(question: bytes) -> None:
     assert quiet(b"before" + question + b"after") == b"beforeafter"
+    for cut in range(1, len(question)):
+        pieces = Quiet()
+        assert pieces.feed(b"before" + question[:cut]) + pieces.feed(question[cut:] + b"after") == b"beforeafter"
 
 
 @pytest.mark.parametrize("harmless", [
@@ -171,6 +174,8 @@ def test_what_asks_or_acts_is_left_out(question: bytes) -> None:
     b"\x1bPq#0;2;0;0;0~~\x1b\\", "größe 日本".encode(), b"\xff\xfe", b"\x1b[u", b"\x1b[s", b"a\tb\r\n"])
 def test_what_only_shows_is_kept(harmless: bytes) -> None:
     assert quiet(b"before" + harmless + b"after") == b"before" + harmless + b"after"
+    pieces = Quiet()
+    assert b"".join(pieces.feed(bytes([byte])) for byte in harmless + b"after") == harmless + b"after"
 
 
 def test_what_goes_through_tmux_and_is_only_begun_can_still_be_ended() -> None:

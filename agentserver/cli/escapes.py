@@ -202,3 +202,24 @@ def _kept(match: Match[bytes]) -> bytes:
     else:
         kept = bool(match["short"]) and match["short"] != b"Z"
     return match[0] if kept else b""
+
+
+#: one that is begun and not ended where the data ends
+_OPEN = re.compile(rb"\x1b(?:Ptmux;(?:[^\x1b]|\x1b[^\\])*\x1b?|\[[0-?]*[ -/]*"
+                   rb"|[\]P_^X][^\x07\x18\x1a\x1b]*\x1b?|[ -/]*)\Z")
+_OPEN_MOST = 64 * 1024  # bytes of one that are held; what is longer is a picture, and no question
+
+
+class Quiet:
+    """`quiet` for output that comes in pieces: what a piece begins is looked at when the next one has ended it."""
+
+    def __init__(self) -> None:
+        self._begun = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what is to be shown now."""
+        data = self._begun + data
+        begun = _OPEN.search(data, max(0, len(data) - _OPEN_MOST))
+        end = begun.start() if begun else len(data)
+        self._begun = data[end:]
+        return quiet(data[:end])

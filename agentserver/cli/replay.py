@@ -19,7 +19,7 @@ from typing import IO, Callable, Iterator, Optional, Protocol
 
 from ..errors import RequestError
 from . import connect, exits, out, show
-from .escapes import CANCEL, Modes, quiet
+from .escapes import CANCEL, Modes, Quiet
 from .recording import LONGEST_LINE, Event, Player, events
 from .terminal import ENDING, Terminal
 
@@ -125,6 +125,7 @@ class _Shown:
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
+        self._quiet = Quiet()
         self.modes = Modes()
 
     def wait(self, until: float) -> float:
@@ -154,7 +155,7 @@ class _Shown:
     def show(self, event: Event) -> None:
         """Show what was written, without what would act on this terminal."""
         self.modes.feed(event.data)
-        out.write(1, quiet(event.data))
+        out.write(1, self._quiet.feed(event.data))
 
 
 @contextmanager
