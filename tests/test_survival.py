@@ -22,10 +22,10 @@ from typing import Callable
 
 import pytest
 from driven import Driven
-from support import DEADLINE_SECS, MAIN, Server, agent, wait_until
+from support import DEADLINE_SECS, MAIN, Server, agent, marked_processes, short_dir, wait_until
 from test_faults import back, zmq_answers
 from test_tree import grown
-from wire import LineWire, alive, new_id, states
+from wire import LineWire, alive, new_id, process_state, states
 
 from agentserver import AgentClient, AgentServerError
 from agentserver.core.pidfd import tells_exit_codes
@@ -243,6 +243,23 @@ def test_an_agent_that_ends_during_a_reload_takes_nobody_along(server: Server, m
         assert wire.exit(last)["code"] == 0
 
 
+def test_a_keeper_that_is_not_the_first_reloads(start_server: Callable[..., Server]) -> None:
+    """Also a second time: the core that it found is no child of its own, and yet it sees it leave."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        each = wire.spawn("echo")
+    heir = successor(start_server, server)
+    for _ in range(2):
+        core = heir.pids()["core"]
+        reload(heir, by_request)
+        wait_until(lambda: not alive(core), what="the core before to leave")
+    assert "ended with" not in heir.logs(), "a core died of it"
+    with LineWire(heir.socket_path) as wire:
+        wire.control(each, "write_stdin", data="x\n", eof=True)
+        assert wire.output(each) == b"ready\nx\n"
+    server.process.stdout.close()  # type: ignore[union-attr]
+
+
 def test_reload_keeps_the_keeper_and_renews_the_rest(server: Server) -> None:
     with LineWire(server.socket_path) as wire:
         each = wire.spawn("echo")
@@ -333,6 +350,65 @@ def test_a_word_during_the_renewal_is_heard(start_server: Callable[..., Server],
         for _ in range(number * 200):  # a little later each time
             os.getppid()
         server.close()
+
+
+class Interrupted:
+    """A reload whose successor stops itself before a certain line of the core's service; and what the server had."""
+
+    def __init__(self, start_server: Callable[..., Server], where: Path) -> None:
+        self._service = copied(where) / "core" / "service.py"
+        program = [sys.executable, str(where / "agentserver" / "__main__.py")]
+        self.server = start_server("--shutdown-timeout-secs", "1000", program=program, environ={"PYTHONPATH": ""})
+        self.core, self._parts = self.server.pids()["core"], set(self.server.pids().values())
+        with LineWire(self.server.socket_path) as wire:
+            self.agent = wire.spawn("echo")
+
+    def reload(self, before: str) -> int:
+        """Begin it, and return the successor that has stopped."""
+        code, found = re.subn(f"\n( +){re.escape(before)}", r"\n\1os.kill(os.getpid(), signal.SIGSTOP)\g<0>",
+                              self._service.read_text())
+        assert found == 1
+        self._service.write_text(code)
+        by_signal(self.server)
+        return wait_until(self._stopped, what="the successor to stop itself")
+
+    def _stopped(self) -> int:
+        new = set(marked_processes(self.server.mark)) - self._parts
+        return next((pid for pid in new if process_state(pid) == "T"), 0)
+
+
+@pytest.fixture
+def interrupted(start_server: Callable[..., Server], run_dir: Path, request: pytest.FixtureRequest) -> Interrupted:
+    """A server whose reload is to be interrupted."""
+    return Interrupted(start_server, short_dir(run_dir))
+
+
+@pytest.mark.parametrize("before", ['channel.send({"standby"', 'with held("core.lock")'],
+                         ids=["while the core before it serves", "after that has yielded"])
+@pytest.mark.parametrize("then", [signal.SIGCONT, signal.SIGKILL])
+def test_a_server_that_is_ended_while_it_is_reloaded(interrupted: Interrupted, before: str,
+                                                     then: signal.Signals) -> None:
+    """Whoever is the core then is told; the time that agents may take to end is not waited out for nothing."""
+    successor = interrupted.reload(before)
+    interrupted.server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "ending the server" in interrupted.server.logs(), what="the keeper to hear of it")
+    os.kill(successor, then)
+    assert interrupted.server.stop(0) == 0
+
+
+def test_a_successor_that_dies_before_the_core_has_yielded(interrupted: Interrupted) -> None:
+    """The word to yield is under way then, and cannot be taken back."""
+    server, core = interrupted.server, interrupted.core
+    os.kill(core, signal.SIGSTOP)
+    os.kill(interrupted.reload("left = inherit("), signal.SIGKILL)
+    wait_until(lambda: "the reload failed" in server.logs(), what="the keeper to see it")
+    os.kill(core, signal.SIGCONT)
+    wait_until(lambda: "going on" in server.logs(), what="the core to go on")
+    why = wait_until(lambda: server.ask({"type": "health_check_request"})["metadata"]["reload_failed"], what="why")
+    assert "-9" in why and server.pids()["core"] == core
+    with LineWire(server.socket_path) as wire:
+        wire.control(interrupted.agent, "write_stdin", data="x\n", eof=True)
+        assert wire.output(interrupted.agent) == b"ready\nx\n" and wire.exit(interrupted.agent)["code"] == 0
 
 
 def test_a_broken_new_version_leaves_the_old_one_serving(start_server: Callable[..., Server], run_dir: Path) -> None:

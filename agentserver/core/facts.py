@@ -16,12 +16,12 @@ from . import tree
 
 
 class Facts:
-    """`started` is what the keeper told its core: config, started_at, generation, keeper_pid."""
+    """`started` is what the keeper told its core: config, started_at, generation; `keeper_pid` is who it is now."""
 
-    def __init__(self, config: ServerConfig, started: Json) -> None:
+    def __init__(self, config: ServerConfig, started: Json, keeper_pid: int) -> None:
         self._config = config
         self.started_at = float(started["started_at"])
-        self._keeper_pid, self.generation = int(started["keeper_pid"]), int(started["generation"])
+        self._keeper_pid, self.generation = keeper_pid, int(started["generation"])
         self._shell: Json = {}
         self._json = b""
         self._reload_failed = ""

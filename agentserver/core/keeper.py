@@ -22,7 +22,7 @@ from typing import Callable
 from ..config import ServerConfig
 from ..errors import AgentServerError, StartError
 from . import process, tree
-from .channel import Channel, Json
+from .channel import Json
 from .framing import KEEPER
 from .held import Held
 from .link import dial
@@ -52,6 +52,7 @@ class Keeper:
         self._core = Part("core", config)
         self._shell = Part("shell", config) if with_shell else None
         self._next: Part | None = None     # a successor of the core, while a reload is under way
+        self._why = ""                     # it failed, the last time that one did
         self._before: Part | None = None   # the core that a successor has replaced, until it has left
         self._was_ready = False
         self._stopping = 0.0    # monotonic time by which the core has to be gone
@@ -137,11 +138,16 @@ class Keeper:
         if part is self._shell:
             process.bound(part.pid, self._config.shell_memory_bytes)
         if part is self._core:
-            assert part.channel is not None
-            self._held.hand_over(part.channel)
-        if part is self._core and self._stopping:
-            part.stop()
-            self._stopping = time.monotonic() + self._config.shutdown_timeout_secs + PART_STOP_SECS
+            self._hand_over(part)
+            if self._stopping:
+                self._stopping = time.monotonic() + self._config.shutdown_timeout_secs + PART_STOP_SECS
+
+    def _hand_over(self, core: Part) -> None:
+        """Give a core what it is to go on with; and if the server is being ended, that word too."""
+        assert core.channel is not None
+        self._held.hand_over(core.channel)
+        if self._stopping:
+            core.stop()
 
     def _again(self) -> None:
         for part in self._parts:
@@ -231,9 +237,12 @@ class Keeper:
             self._reload_asked = True
         elif "standby" in word and part is following and core.channel is not None:
             core.channel.send({"yield": True})
-        elif "yielded" in word and part is core and following is not None and following.channel is not None:
+        elif "yielded" in word and part is core:
             core.yielded = True
-            self._held.hand_over(following.channel)
+            if following is None:  # it has failed meanwhile
+                self._go_on()
+            elif following.channel is not None:
+                self._hand_over(following)
         elif "ready" in word and part is following:
             self._core, self._next, self._before = following, None, core if core.pid else None
             self._generation += 1
@@ -291,15 +300,22 @@ class Keeper:
 
     def _not_succeeded(self, why: str) -> None:
         """The successor did not come up: the core goes on, and says why."""
-        core, self._next = self._core, None
+        core, self._next, self._why = self._core, None, why
         self._notify.ready()
         self._say(f"the reload failed, the server goes on as before: {why}")
-        if core.channel is not None:
-            if core.yielded:
-                core.yielded = False
-                core.channel.send({"resume": True})
-                self._held.hand_over(core.channel)
+        if core.channel is not None and core.yielded:
+            self._go_on()
+        elif core.channel is not None:
             core.channel.send({"reload_failed": why})
+
+    def _go_on(self) -> None:
+        """Let the core that has yielded serve again."""
+        core = self._core
+        assert core.channel is not None
+        core.yielded = False
+        core.channel.send({"resume": True})
+        self._hand_over(core)
+        core.channel.send({"reload_failed": self._why})
 
     def _on_signals(self, numbers: bytes) -> None:
         if signal.SIGTERM in numbers or signal.SIGINT in numbers:
@@ -309,7 +325,7 @@ class Keeper:
                 self._say(f"ending the server and all its agents, in at most {self._config.shutdown_timeout_secs:g} s; "
                           "the same signal again hurries")
                 self._notify.stopping(self._config.shutdown_timeout_secs + 2 * PART_STOP_SECS)
-            self._core.stop()
+            self._serving().stop()
         elif signal.SIGHUP in numbers:
             self._reload_asked = True
 
@@ -317,15 +333,15 @@ class Keeper:
 
     def _reap(self) -> int | None:
         """Collect who ended, adopted strangers too; return the exit code when the server is done."""
-        core = self._core
-        if core.pid and not core.ours and core.channel is None:
-            code = self._part_ended(core, 0 if core.done else 1)
-            if code is not None:
-                return code
+        for adopted in self._everyone:
+            if adopted.pid and not adopted.ours and adopted.channel is None:
+                code = self._part_ended(adopted, 0 if adopted.done else 1)
+                if code is not None:
+                    return code
         for pid, ended, seen in process.collect(tree.look):
             part = next((part for part in self._everyone if part.pid == pid), None)
             if part is None:
-                self._held.ended(pid, ended, seen, self._serving())
+                self._held.ended(pid, ended, seen, self._serving().channel)
                 continue
             while part.channel is not None:  # to the end: see _listen_to
                 self._listen_to(part)
@@ -341,9 +357,9 @@ class Keeper:
                 part.asks_ends = False
                 part.channel.send({"reaped": True})
 
-    def _serving(self) -> Channel | None:
-        """Return the channel of the core that is to hear of ends."""
-        return self._next.channel if self._next is not None and self._core.yielded else self._core.channel
+    def _serving(self) -> Part:
+        """Return the core that serves, or is about to: it is to hear of what happens."""
+        return self._next if self._next is not None and self._core.yielded else self._core
 
     def _part_ended(self, part: Part, code: int) -> int | None:
         ready = part.ready
@@ -357,7 +373,7 @@ class Keeper:
         if part is self._core and self._next is not None and self._next.channel is not None:
             if not part.yielded:  # the successor is there already, so that it takes over now
                 part.yielded = True
-                self._held.hand_over(self._next.channel)
+                self._hand_over(self._next)
             return None
         if part is self._shell and code == 0 and ready and not self._stopping:
             return None

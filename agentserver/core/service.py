@@ -46,9 +46,10 @@ TRIM_SECS = 600.0  # between two looks at what of the registry is past its time;
 
 
 class Service:
-    """See the module. `started` is what the keeper told: {config, started_at, generation, keeper_pid, …}."""
+    """See the module. `started` is what the first keeper told: {config, started_at, generation, …}; `keeper` is who it
+    is now."""
 
-    def __init__(self, started: Json, channel: Channel, say: Callable[[str], None]) -> None:
+    def __init__(self, started: Json, keeper: Keeper, say: Callable[[str], None]) -> None:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
         self._say = say
@@ -58,10 +59,10 @@ class Service:
         self.registry = Registry("registry.db", say, config.events_kept, config.events_secs, config.requests_kept)
         self.counters = Counters("counters.bin", started["started_at"])
         self._config = self._named(config)
-        self.facts = Facts(self._config, started)
+        self.facts = Facts(self._config, started, keeper.pid)
         feed = Feed(self.registry, self.counters, self._config.server_id, self.facts.generation)
         self._pushing = Pushing(feed, self.reactor, config.pub_hwm // 4)
-        self._keeper = Keeper(channel, started["keeper_pid"])
+        self._keeper = keeper
         self._last_words = LastWords("ends.jsonl")
         self._witness = Witness(os.path.join(config.state_dir, "spawning"))
         family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
@@ -113,7 +114,8 @@ class Service:
         self.reactor.after(min(TRIM_SECS, self.config.events_secs), self._trim)
         self.supervisor.ending.reap()
         self._keeper.channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
-        self._hear([*self._keeper.words, *self._keeper.channel.pending()])
+        words, self._keeper.words = self._keeper.words, []
+        self._hear([*words, *self._keeper.channel.pending()])
 
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
@@ -353,7 +355,7 @@ def main(sock: socket.socket) -> int:
     As a successor it first only shows that it could serve, and waits until the core before it has let go."""
     channel = Channel(sock)
     started = channel.next()
-    config = ServerConfig.from_json(started["config"])
+    config, keeper = ServerConfig.from_json(started["config"]), Keeper(channel, started["keeper_pid"])
     say = Log(os.path.join(config.state_dir, "core.log"), config.log_bytes)
     try:
         os.chdir(config.state_dir)
@@ -361,20 +363,19 @@ def main(sock: socket.socket) -> int:
             check_registry("registry.db")
             channel.send({"standby": True})
         while True:
-            left = inherit(channel)
+            left = inherit(keeper.channel)
             with held("core.lock"):
-                service = Service(started, channel, say)
+                service = Service(started, keeper, say)
                 service.start(left)
                 service.run()
             if not service.yielded:
                 return 0
-            channel.send({"yielded": True})
-            if "leave" in channel.next():
+            if keeper.succeeded():
                 return YIELDED
             say("the new core did not come up; going on")
     except AgentServerError as e:
-        return channel.fail(str(e))
+        return keeper.channel.fail(str(e))
     except EOFError:
-        return channel.fail("the keeper is gone")
+        return keeper.channel.fail("the keeper is gone")
     except OSError as e:
-        return channel.fail(f"the core could not go on in {config.state_dir}: {e}")
+        return keeper.channel.fail(f"the core could not go on in {config.state_dir}: {e}")

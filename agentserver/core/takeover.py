@@ -92,6 +92,15 @@ class Keeper:
                 self.hold(agent_id, {"pid": fd})
             os.close(fd)
 
+    def succeeded(self) -> bool:
+        """Say that we have let go, and wait to hear whether a successor serves. The ends that the keeper told of before
+        it heard that are not lost on whoever goes on: it tells of them again."""
+        self.channel.send({"yielded": True})
+        while "leave" not in (word := self.channel.next()):
+            if "resume" in word:
+                return False
+        return True
+
     @property
     def has_everything(self) -> bool:
         """Whether what we gave is out of our hands: what is in the socket outlives us."""
