@@ -25,6 +25,7 @@ import pytest
 from person import ANSWER, Person
 from support import MAIN, ROOT, Server, agent, clean_environ, wait_until, without_ssh
 from test_faults import back
+from test_terminals import foreground
 from wire import process_state
 
 from agentserver import AgentClient
@@ -127,6 +128,8 @@ def test_ctrl_c_and_ctrl_z_are_the_agents(near: Place) -> None:
     me.until("Stopped")
     me.type("fg\r")
     me.until(lambda text: text.count("sleep 1000") >= 3)
+    inner, = near.client.list()
+    wait_until(lambda: foreground(inner.pid or 0), what="the job to have the terminal, a moment after that")
     me.type(b"\x03")
     me.until(lambda text: text.endswith("inner$"))
     me.type("echo $?\r")
