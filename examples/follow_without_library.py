@@ -18,6 +18,7 @@ from typing import Any, Dict, List, Union
 Json = Dict[str, Any]
 ENDED = ("completed", "failed", "terminated")
 ANSWER_SECS = 2.0               # without an answer for so long: ask again
+PATIENCE_SECS = 5.0             # without any answer for so long: say so, and go on asking
 SILENCE_SECS = 35.0             # without any hint, not even a heartbeat (they come every 10 s): listen anew
 
 
@@ -62,6 +63,7 @@ class Link:
     def ask(self, type: str, **fields: Any) -> Json:
         """Send the same bytes, with the same request_id, until there is an answer: what is asked twice is done once."""
         raw = json.dumps({"type": type, "request_id": str(uuid.uuid4()), **fields}).encode()
+        patience = time.monotonic() + PATIENCE_SECS
         while True:
             try:
                 reply: Json = json.loads(self.attempt(raw))
@@ -69,8 +71,11 @@ class Link:
                     return reply
                 if reply["error_code"] != "unavailable":  # else a part of the server is being started again
                     raise SystemExit(f"{reply['error']} ({reply['error_code']})")
-            except self.doubts:
+            except self.doubts as e:
                 self.req = self.req and self.req.close()  # None, so that the next attempt makes a fresh one
+                if time.monotonic() > patience:
+                    patience = float("inf")
+                    print(f"[no answer from {self.address} ({e}); asking again and again]", file=sys.stderr)
                 time.sleep(0.1)
 
     def hint(self, topics: List[str]) -> Json:

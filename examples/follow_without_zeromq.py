@@ -39,15 +39,15 @@ class LineLink(Link):
     """The same link with other pipes."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.address = path
 
     def attempt(self, raw: bytes) -> bytes:
-        self.req = self.req or Lines(self.path, ANSWER_SECS)
+        self.req = self.req or Lines(self.address, ANSWER_SECS)
         self.req.send(raw)
         return bytes(self.req.line())
 
     def listen(self, topics: List[str]) -> None:
-        self.sub = Lines(self.path, SILENCE_SECS)
+        self.sub = Lines(self.address, SILENCE_SECS)
         self.sub.send(json.dumps({"type": "subscribe_request", "request_id": "1", "topics": topics}).encode())
 
     def hear(self) -> bytes:

@@ -233,6 +233,20 @@ def test_an_agent_that_is_not_there_is_one_sentence(program: str, server: Server
     assert len(said) == 1 and "nobody" in said[0] and said[0].endswith("(agent_not_found)")
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_where_no_server_answers_it_says_so(program: str, start_server: Callable[..., Server],
+                                            follower: Callable[..., Follower]) -> None:
+    """It goes on asking: a server that is away for a while is no reason to stop."""
+    server = start_server()
+    server.close()
+    copy = follower(server, "somebody")
+    copy.start(program)
+    where = str(server.socket_path) if program == "unix" else server.endpoint
+    said = wait_until(lambda: copy.shown["stderr"].read_text(), what="a word").splitlines()
+    assert len(said) == 1 and said[0].startswith(f"[no answer from {where} (")
+    copy.kill()
+
+
 def test_the_one_in_javascript_says_how_it_is_used(tmp_path: Path) -> None:
     done = subprocess.run(javascript.script(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "usage: follow.mjs ENDPOINT AGENT DIRECTORY\n")

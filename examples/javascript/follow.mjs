@@ -13,6 +13,7 @@ import * as zmq from "zeromq";
 
 const ENDED = ["completed", "failed", "terminated"];
 const ANSWER_MS = 2_000; // without an answer for so long: ask again
+const PATIENCE_MS = 5_000; // without any answer for so long: say so, and go on asking
 const SILENCE_MS = 35_000; // without any hint, not even a heartbeat (they come every 10 s): listen anew
 
 class Refused extends Error {}
@@ -28,6 +29,7 @@ class Link {
   /** Send the same bytes, with the same request_id, until there is an answer: what is asked twice is done once. */
   async ask(type, fields = {}) {
     const raw = JSON.stringify({ type, request_id: randomUUID(), ...fields });
+    let patience = Date.now() + PATIENCE_MS;
     for (;;) {
       try {
         const reply = JSON.parse((await this.attempt(raw)).toString());
@@ -38,6 +40,10 @@ class Link {
         if (error instanceof Refused) throw error;
         this.req?.close();
         this.req = null;
+        if (Date.now() > patience) {
+          patience = Infinity;
+          console.error(`[no answer from ${this.endpoint} (${error.message}); asking again and again]`);
+        }
         await sleep(100);
       }
     }
