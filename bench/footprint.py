@@ -17,6 +17,7 @@ from table import Benchmark, Figures, Row, most
 CHILDREN = 1000
 #: has printed, so that its output is being recorded, and does nothing from then on
 QUIET = ("sh", "-c", "echo ready; exec sleep 1000")
+SAID = len("ready\n")
 
 
 class Footprint(Benchmark):
@@ -41,11 +42,13 @@ class Footprint(Benchmark):
 
     def ours(self) -> Figures:
         with Server() as server:
-            server.kill(server.spawn_many(5, QUIET))  # what is imported late has been imported now
+            first = server.spawn_many(5, QUIET)  # what is imported late has been imported now
+            until(lambda: _captured(server) >= 5 * SAID, 60, "the first output")
+            server.kill(first)
             pids = server.pids()
             empty = _sum(pids)
             agents = server.spawn_many(CHILDREN, QUIET)
-            until(lambda: server.ask("stats_request")["stats"]["bytes_captured"] >= (CHILDREN + 5) * 6, 60, "output")
+            until(lambda: _captured(server) >= (CHILDREN + 5) * SAID, 60, "output")
             full = _sum(pids)
             found = {"rss": full["rss"] / 1024, "pss": full["pss"] / 1024,
                      "empty_rss": empty["rss"] / 1024, "empty_pss": empty["pss"] / 1024,
@@ -60,6 +63,10 @@ class Footprint(Benchmark):
         ticks, used = _ticks(pids), _used(pids)
         time.sleep(self.idle_secs)
         return {"idle": (_used(pids) - used) / 1e9 / self.idle_secs * 100, "ticks": _ticks(pids) - ticks}
+
+
+def _captured(server: Server) -> int:
+    return int(server.ask("stats_request")["stats"]["bytes_captured"])
 
 
 def _sum(pids: Dict[str, int]) -> Figures:

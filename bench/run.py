@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from typing import List, Tuple, Type
 
@@ -64,7 +65,16 @@ def run(kind: Type[Benchmark], given: argparse.Namespace) -> List[Result]:
 
 
 def main() -> int:
+    """Keep the bytecode of what is started as an installed program does, whatever this shell says of that."""
     given = arguments()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    with tempfile.TemporaryDirectory(prefix="as-bench-") as cache:
+        os.environ["PYTHONPYCACHEPREFIX"] = cache
+        return report(given)
+
+
+def report(given: argparse.Namespace) -> int:
+    """Run what was chosen, and print the figures as they come."""
     chosen = [b for b in BENCHMARKS if not given.names or b.name in given.names]
     widths = (52, 5, 8, 11, 6, 12, 12)
     if not given.json:
