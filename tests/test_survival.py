@@ -352,11 +352,20 @@ def test_a_word_during_the_renewal_is_heard(start_server: Callable[..., Server],
         server.close()
 
 
+def server_parts(server: Server) -> dict[str, int]:
+    """Return the pids of its parts, none while nobody answers."""
+    try:
+        return server.pids()
+    except (OSError, ValueError):
+        return {}
+
+
 class Interrupted:
     """A reload whose successor stops itself before a certain line of the core's service; and what the server had."""
 
     def __init__(self, start_server: Callable[..., Server], where: Path) -> None:
         self._service = copied(where) / "core" / "service.py"
+        self._good = self._service.read_text()
         program = [sys.executable, str(where / "agentserver" / "__main__.py")]
         self.server = start_server("--shutdown-timeout-secs", "1000", program=program, environ={"PYTHONPATH": ""})
         self.core, self._parts = self.server.pids()["core"], set(self.server.pids().values())
@@ -366,11 +375,14 @@ class Interrupted:
     def reload(self, before: str) -> int:
         """Begin it, and return the successor that has stopped."""
         code, found = re.subn(f"\n( +){re.escape(before)}", r"\n\1os.kill(os.getpid(), signal.SIGSTOP)\g<0>",
-                              self._service.read_text())
+                              self._good)
         assert found == 1
         self._service.write_text(code)
         by_signal(self.server)
-        return wait_until(self._stopped, what="the successor to stop itself")
+        try:
+            return wait_until(self._stopped, what="the successor to stop itself")
+        finally:
+            self._service.write_text(self._good)
 
     def _stopped(self) -> int:
         new = set(marked_processes(self.server.mark)) - self._parts
@@ -394,6 +406,24 @@ def test_a_server_that_is_ended_while_it_is_reloaded(interrupted: Interrupted, b
     wait_until(lambda: "ending the server" in interrupted.server.logs(), what="the keeper to hear of it")
     os.kill(successor, then)
     assert interrupted.server.stop(0) == 0
+
+
+def test_both_cores_die_in_a_reload_and_one_in_the_next(interrupted: Interrupted) -> None:
+    """The third core is nobody's successor; the fourth is, and takes over at once."""
+    server, parts = interrupted.server, server_parts(interrupted.server)
+    second = interrupted.reload('with held("core.lock")')
+    os.kill(interrupted.core, signal.SIGKILL)
+    wait_until(lambda: process_state(interrupted.core) == "", what="the keeper to see it")
+    os.kill(second, signal.SIGKILL)
+    third, = wait_until(lambda: {server_parts(server).get("core", 0)} - {interrupted.core, 0}, what="the third")
+    fourth = interrupted.reload('channel.send({"standby"')
+    os.kill(third, signal.SIGKILL)
+    os.kill(fourth, signal.SIGCONT)
+    assert wait_until(lambda: server_parts(server).get("core") == fourth, what="the fourth")
+    assert server_parts(server)["keeper"] == parts["keeper"]
+    with LineWire(server.socket_path) as wire:
+        wire.control(interrupted.agent, "write_stdin", data="x\n", eof=True)
+        assert wire.output(interrupted.agent) == b"ready\nx\n" and wire.exit(interrupted.agent)["code"] == 0
 
 
 def test_a_successor_that_dies_before_the_core_has_yielded(interrupted: Interrupted) -> None:

@@ -47,8 +47,8 @@ class Part:
         finally:
             theirs.close()
             os.close(log)
-        self.channel, self.ready, self.failed = Channel(ours), {}, ""
-        self.ours = True
+        self.channel, self.ready, self.failed, self.ours = Channel(ours), {}, "", True
+        self.done = self.yielded = self.asks_ends = False
         self.channel.send(word)
 
     def adopt(self, sock: socket.socket) -> Json:
