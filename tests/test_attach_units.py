@@ -1,17 +1,41 @@
 """What `attach` is made of, without a server: detach keys, the state of a terminal, old output made harmless.
 
-Owns:    the checks of detach, escapes and redraw in cli/.
+Owns:    the checks of detach, escapes, redraw and typist in cli/.
 Runs in: the test process; vt.py stands for a terminal.
 Unaware: of processes (test_attach.py).
 """
 from __future__ import annotations
 
+import time
+
 import pytest
+from support import wait_until
 from vt import Vt
 
+from agentserver import AgentClient
 from agentserver.cli import redraw
 from agentserver.cli.detach import Keys, read_keys
 from agentserver.cli.escapes import Modes, Quiet, quiet
+from agentserver.cli.typist import APART_SECS, Typist
+
+# ---------------------------------------------------------------- keys and sizes on their way
+
+def test_no_key_comes_in_the_moment_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some programs forget the key that they have just read when SIGWINCH comes; keys alone do not wait."""
+    client, sent = AgentClient("unix:/nowhere"), []
+    monkeypatch.setattr(client, "control", lambda *_, **__: sent.append(("size", time.monotonic())))
+    monkeypatch.setattr(client, "_run", lambda _call: sent.append(("keys", time.monotonic())))
+    typist = Typist(client, "agent", lambda: None)
+    typist.start()
+    for count, step in enumerate((lambda: typist.resize(24, 80), lambda: typist.type(b"q"), lambda: typist.type(b"q"),
+                                  lambda: typist.resize(25, 80)), 1):
+        step()
+        wait_until(lambda: len(sent) == count, what="it to be sent")
+    typist.finish(10)
+    assert [kind for kind, _at in sent] == ["size", "keys", "keys", "size"]
+    for (kind, at), (other, later) in zip(sent, sent[1:]):
+        assert kind == other or later - at >= APART_SECS
+
 
 # ---------------------------------------------------------------- the keys that detach
 

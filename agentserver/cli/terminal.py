@@ -64,18 +64,21 @@ class Terminal:
     def take(self) -> None:
         """Let every key come as it is, at once and unseen (raw mode of cfmakeraw(3)).
 
-        In the background that stops us (SIGTTOU). Then it is done after all on the SIGCONT that `wait` tells of.
+        In the background that stops us (SIGTTOU). Who continues us there has a reason, of which `wait` tells; in the
+        foreground it is done after all.
         """
-        if not self.raw:
-            return
-        now = termios.tcgetattr(0)
-        try:
-            termios.tcsetattr(0, termios.TCSANOW, _raw(now))
-        except termios.error as e:
-            if e.args[0] != errno.EINTR:
-                raise
-        else:
-            self._before = self._before or now
+        while self.raw:
+            now = termios.tcgetattr(0)
+            try:
+                termios.tcsetattr(0, termios.TCSANOW, _raw(now))
+            except termios.error as e:
+                if e.args[0] != errno.EINTR:
+                    raise
+                if _in_background():
+                    return
+            else:
+                self._before = self._before or now
+                return
 
     def give_back(self) -> None:
         """Make the terminal what it was; forget what was typed or reported since, which was meant for the agent."""

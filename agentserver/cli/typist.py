@@ -8,6 +8,7 @@ Unaware: of where keys and sizes come from.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Callable, Optional, Tuple
 
 from ..errors import RequestError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ..client import Agent, AgentClient
 
 MOST_WAITING = 256 * 1024  # bytes, before no more are to be read from the keyboard
+#: between a key and a size: less forgets the key that it has just read when SIGWINCH comes in that moment
+APART_SECS = 0.05
 #: the agent is just being restarted, or ends: that is told by its output
 _NOT_NOW = ("invalid_state", "stdin_closed", "agent_not_found")
 
@@ -29,6 +32,7 @@ class Typist:
         self._news = threading.Condition()
         self._keys = b""
         self._size: Optional[Tuple[int, int]] = None
+        self._typed_at = self._resized_at = 0.0  # monotonic
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keys", daemon=True)
 
@@ -84,13 +88,20 @@ class Typist:
             self._changed()
         try:
             if size:
+                self._apart_from(self._typed_at)
                 agent.client.control(agent.id, "resize", rows=size[0], cols=size[1])
+                self._resized_at = time.monotonic()
             if keys:
+                self._apart_from(self._resized_at)
                 self._send(agent, keys)
+                self._typed_at = time.monotonic()
         except RequestError as e:
             if e.code not in _NOT_NOW:
                 raise
         return bool(keys or size)
+
+    def _apart_from(self, other: float) -> None:
+        self._over.wait(max(0.0, other + APART_SECS - time.monotonic()))
 
     def _send(self, agent: Agent, keys: bytes) -> None:
         from .stdin import pour
