@@ -314,6 +314,22 @@ def test_it_can_be_suspended(near: Place, tmp_path: Path) -> None:
     me.assert_as_before()
 
 
+def test_it_can_be_stopped_without_a_word(near: Place, tmp_path: Path) -> None:
+    """Nobody knows then what became of the terminal; it is made new, and nothing of that is left at the end."""
+    ref = near.fullscreen(tmp_path / "log")
+    me = near.person("attach", ref.id)
+    me.until(drew)
+    me.signal(signal.SIGSTOP)
+    wait_until(lambda: process_state(me.process.pid) == "T", what="the command to stop")
+    me.look()
+    cleared = me.raw.count(b"\x1b[2J")
+    me.signal(signal.SIGCONT)
+    me.until(lambda text: me.raw.count(b"\x1b[2J") > cleared and me.vt.alternate and drew(text))
+    me.type(DETACH)
+    assert me.end() == 0
+    me.assert_as_before()
+
+
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 @pytest.mark.parametrize("ended", [False, True])
 def test_begun_in_the_background_it_waits_to_be_continued(near: Place, tmp_path: Path, ended: bool) -> None:

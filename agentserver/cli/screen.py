@@ -90,8 +90,9 @@ class Screen:
     def resume(self) -> None:
         """Take my terminal again, empty; the agent's program is to draw on it."""
         if self._suspended or self._writing.acquire(timeout=STUCK_SECS):
+            before = b"" if self._suspended else CANCEL + self._modes.undo()  # what is pushed twice is not popped twice
             self._suspended = False
-            out.write(1, b"\x1b[H\x1b[2J" + self._modes.redo())
+            out.write(1, before + b"\x1b[H\x1b[2J" + self._modes.redo())
             self._writing.release()
 
     def close(self, away: bool) -> None:
