@@ -9,21 +9,24 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Iterator
 
 import pytest
-from support import DEADLINE_SECS, clean_environ
+from support import DEADLINE_SECS, clean_environ, wait_until
 from wire import LineWire
 
 from agentserver.config import ServerConfig
 from agentserver.core.channel import Channel, Json
 from agentserver.core.framing import KEEPER
 from agentserver.core.link import dial
+from agentserver.core.lock import held_by_another
 from agentserver.core.part import Part
 from agentserver.core.service import YIELDED
+from agentserver.errors import AgentServerError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")
 NOBODY = 2 ** 22 + 1  # no pid is as high
@@ -43,15 +46,17 @@ class Core:
         self.channel = self._part.channel
 
     def says(self, what: str) -> Json:
-        """Wait for a word of this kind; others are left."""
+        """Wait for a word of this kind; others are left, and nothing is held."""
         until = time.monotonic() + DEADLINE_SECS
         while True:
             for word in self.channel.pending() or self._more(until):
                 assert word is not None, f"the core went away, and never said {what!r}"
+                for fd in word.get("fds", ()):
+                    os.close(fd)
                 if what in word:
                     return word
 
-    def _more(self, until: float) -> "list[Json | None]":
+    def _more(self, until: float) -> list[Json | None]:
         assert select.select([self.channel], [], [], max(0.0, until - time.monotonic()))[0], "the core says nothing"
         return self.channel.receive()
 
@@ -63,10 +68,19 @@ class Core:
     def adopt(self) -> None:
         """Let its keeper die, and be the next one."""
         self.channel.close()
-        sock = dial(str(self.path))
+        sock = self.called()
         sock.sendall(KEEPER)
         self.channel = Channel(sock)
         assert self.says("ready")["ready"]["pid"] == self.pid
+
+    def called(self) -> socket.socket:
+        """Return a connection, once it listens."""
+        def connected() -> socket.socket | None:
+            try:
+                return dial(str(self.path))
+            except (AgentServerError, OSError):
+                return None
+        return wait_until(connected, what="the core to listen")  # type: ignore[return-value]
 
     def ended(self) -> int:
         """Wait for its end, and return its exit code."""
@@ -109,6 +123,36 @@ def yielded(request: pytest.FixtureRequest, core: Core) -> Core:
     if request.param:
         core.channel.send({"ended": [NOBODY, 0, False, 0, None, None, None]})
     return core
+
+
+def test_a_keeper_that_dies_when_the_core_has_yielded(core: Core) -> None:
+    """Nobody could tell the core any more to go on; so it does, with all that it had, and another keeper may come."""
+    with LineWire(core.path) as wire:
+        each = wire.spawn("echo")
+        pid = wire.info(each)["pid"]
+    core.channel.send({"yield": True})
+    core.says("yielded")
+    core.channel.close()
+    core.called().close()
+    with LineWire(core.path) as wire:
+        assert wire.info(each)["pid"] == pid
+        wire.control(each, "write_stdin", data="x\n", eof=True)
+        assert wire.output(each) == b"ready\nx\n" and wire.exit(each)["code"] == 0
+    core.adopt()
+
+
+@pytest.mark.parametrize(("last", "answer"), [("yield", "yielded"), ("stop", "done")])
+def test_what_does_not_fit_is_said_all_the_same(core: Core, last: str, answer: str) -> None:
+    """A keeper that is slow for a moment: more is to be said to it than fits between the two."""
+    os.kill(core.pid, signal.SIGSTOP)
+    for n in range(2000):
+        core.channel.send({"ended": [NOBODY + n, 0, False, 0, None, None, None]})
+    core.channel.send({last: True})
+    os.kill(core.pid, signal.SIGCONT)
+    wait_until(lambda: core.channel.flush() or not core.channel.unsent, what="all to be said")
+    lock = str(core.path.parent / "core.lock")
+    wait_until(lambda: not (core.path.exists() and held_by_another(lock)), what="it to have done what it was told")
+    core.says(answer)
 
 
 def test_it_yields_and_leaves(yielded: Core) -> None:

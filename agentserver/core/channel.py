@@ -13,13 +13,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import socket
+import time
 from array import array
 from collections import deque
 from typing import Any, Deque, Dict, Sequence
 
 Json = Dict[str, Any]
 
+LAST_SECS = 5.0  # for the other end to take the last words
 _FDS_MOST = 16  # in one message; SCM_MAX_FD is 253
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -74,9 +77,24 @@ class Channel:
         """Whether `flush` has to be called when the descriptor is writable."""
         return bool(self._queue)
 
+    def _deliver(self, secs: float | None) -> bool:
+        """Send what waits once there is room, or after so many seconds; return whether there is something to read."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN | select.POLLOUT)
+        told = dict(poll.poll(None if secs is None else secs * 1000))
+        self.flush()
+        return bool(told.get(self.fileno(), 0) & ~select.POLLOUT)
+
+    def last(self, word: Json) -> None:
+        """Say a last thing, and wait for all to be on its way: what is queued here dies with us."""
+        self.send(word)
+        until = time.monotonic() + LAST_SECS
+        while self._queue and time.monotonic() < until:
+            self._deliver(LAST_SECS / 100)
+
     def fail(self, sentence: str) -> int:
         """Say why this process gives up; return its exit code."""
-        self.send({"failed": sentence})
+        self.last({"failed": sentence})
         return 1
 
     def finish(self, word: Json) -> None:
@@ -89,6 +107,8 @@ class Channel:
     def next(self) -> Json:
         """Wait for the next word; raise `EOFError` if there is none. Only for the beginning of a process."""
         while b"\n" not in self._buffer:
+            if self._queue and not self._deliver(None):
+                continue
             if not self._read(0):
                 raise EOFError("the other end of the channel is gone")
         line, self._buffer = self._buffer.split(b"\n", 1)

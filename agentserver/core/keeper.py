@@ -35,6 +35,7 @@ from .renew import become, stamp
 WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
 ADOPT_SECS = 10.0            # for a core that is just beginning, or ending, to answer a keeper that found it
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
+RELOAD_SECS = 60.0           # for a successor to serve, before it is killed and the core before it goes on
 
 
 class Keeper:
@@ -149,11 +150,15 @@ class Keeper:
         if self._stopping:
             core.stop()
 
+    def _missing(self) -> list[Part]:
+        """Return the parts that are to be started (again) when their time has come."""
+        return [part for part in self._parts if not part.pid
+                and not (part is self._core and self._next is not None)  # it is succeeded
+                and not (part is self._shell and self._stopping > 0)]
+
     def _again(self) -> None:
-        for part in self._parts:
-            succeeded = part is self._core and self._next is not None
-            needless = succeeded or (part is self._shell and self._stopping > 0)
-            if not part.pid and not needless and time.monotonic() >= part.again_at:
+        for part in self._missing():
+            if time.monotonic() >= part.again_at:
                 try:
                     self._start(part)
                 except OSError as e:  # no memory, or Python itself is being replaced: nothing to end the others for
@@ -183,10 +188,9 @@ class Keeper:
 
     def _wait(self) -> None:
         """Sleep until a part speaks or dies, a signal comes, or it is time to start one again."""
-        due = [part.again_at for part in self._parts
-               if not part.pid and not (part is self._shell and self._stopping > 0)]
+        due = [part.again_at for part in self._missing()] + self._notify.due
         due += [self._stopping] if self._stopping else []
-        due += self._notify.due
+        due += [self._next.began + RELOAD_SECS] if self._next is not None and self._next.pid else []
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         channels = {part.channel.fileno(): part for part in self._everyone if part.channel is not None}
@@ -199,10 +203,19 @@ class Keeper:
             else:
                 self._on_signals(self._wake.recv(4096))
         self._notify.work()
-        if self._stopping and time.monotonic() >= self._stopping and self._core.pid:
-            self._say("the core did not end in time and is killed")
-            process.send(self._core.pid, signal.SIGKILL)
-            self._stopping = time.monotonic() + PART_STOP_SECS
+        self._kill_overdue(time.monotonic())
+
+    def _kill_overdue(self, now: float) -> None:
+        """End the cores that had to be gone, or to serve, by now; their ends come as SIGCHLD."""
+        if self._stopping and now >= self._stopping:
+            for part in (self._core, self._next):
+                if part is not None and part.pid:
+                    self._say("the core did not end in time and is killed")
+                    process.send(part.pid, signal.SIGKILL)
+            self._stopping = now + PART_STOP_SECS
+        elif self._next is not None and self._next.pid and now >= self._next.began + RELOAD_SECS:
+            self._next.failed = f"the new core did not serve after {RELOAD_SECS:g} s"
+            process.send(self._next.pid, signal.SIGKILL)
 
     def _listen_to(self, part: Part) -> None:
         """Take what a part says, to the last word: a dead core's descriptors are still in the socket."""
@@ -228,7 +241,10 @@ class Keeper:
             self._reload_asked = False
             self._notify.reloading()
             self._next = Part("core", self._config)
-            self._next.start(self._hello(standby=True, generation=self._generation + 1))
+            try:
+                self._next.start(self._hello(standby=True, generation=self._generation + 1))
+            except OSError as e:  # as in `_again`
+                self._not_succeeded(f"the new core cannot be started: {e}")
 
     def _succeed(self, part: Part, word: Json) -> None:
         """One step of a reload: stand by, yield, hand over, serve, leave."""
@@ -261,15 +277,24 @@ class Keeper:
         if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
             return
         self._renewing = False
-        found = stamp(process.home())
-        if found == self._stamp:
-            return
-        signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
-        loads, waiting = can_start(), self._word_waits()
-        if not loads or waiting:
-            self._renewing = waiting  # first what has come already
+        try:
+            found = stamp(process.home())
+            if found == self._stamp:
+                return
+            signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
+            loads, self._renewing = can_start(), self._word_waits()  # first what has come already
+            if loads and not self._renewing:
+                self._become(found)
+            why = "" if loads else "it cannot be loaded"
+        except OSError as e:
+            why = str(e)
+        finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            return
+        if why:
+            self._say(f"the keeper's own code has changed, and it stays what it was until the next reload: {why}")
+
+    def _become(self, found: tuple[int, ...]) -> None:
+        parts = [part for part in self._everyone if part.pid]
         held, ends = self._held.state()
         state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
                  "log": self._log, "started_at": self._started_at, "generation": self._generation,
@@ -370,14 +395,15 @@ class Keeper:
         if part is self._next:
             self._not_succeeded(part.failed or f"the new core ended with {code}; see core.log")
             return None
-        if part is self._core and self._next is not None and self._next.channel is not None:
+        done = part is self._core and code == 0  # all has ended, whatever successor there may be
+        if part is self._core and not done and self._next is not None and self._next.channel is not None:
             if not part.yielded:  # the successor is there already, so that it takes over now
                 part.yielded = True
                 self._hand_over(self._next)
             return None
-        if part is self._shell and code == 0 and ready and not self._stopping:
+        if part is self._shell and code == 0 and (ready or part.leaving) and not self._stopping:
             return None
-        if part is self._core and (code == 0 or self._last_core):
+        if done or (part is self._core and self._last_core):
             return int(code != 0)
         if part is self._core:
             self._last_core = self._stopping > 0

@@ -30,6 +30,7 @@ class Part:
         self.failed = ""        # the sentence with which it gave up
         self.done = False       # it said that it is through
         self.yielded = False    # it waits for its successor to serve, or to fail
+        self.leaving = False    # it was told to, and another comes in its place
         self.asks_ends = False  # it waits to be told of all ends up to now
         self.ours = True        # our child; else adopted, and only its channel tells of its end
         self.began = 0.0        # monotonic
@@ -48,7 +49,7 @@ class Part:
             theirs.close()
             os.close(log)
         self.channel, self.ready, self.failed, self.ours = Channel(ours), {}, "", True
-        self.done = self.yielded = self.asks_ends = False
+        self.done = self.yielded = self.leaving = self.asks_ends = False
         self.channel.send(word)
 
     def adopt(self, sock: socket.socket) -> Json:
@@ -93,6 +94,7 @@ class Part:
 
     def stop(self, again: bool = False) -> None:
         """Ask it to leave; `again`: another comes in its place."""
+        self.leaving = again
         if self.channel is not None:
             self.channel.send({"stop": True, "again": again})
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import tempfile
+from contextlib import suppress
 from typing import Iterable, NoReturn
 
 from .channel import Json
@@ -20,8 +20,12 @@ def stamp(path: str) -> tuple[int, ...]:
     """Return what changes when a package directory, or the single file that holds it, is replaced."""
     if os.path.isfile(path):
         return 1, os.stat(path).st_size, os.stat(path).st_mtime_ns
-    facts = [os.stat(os.path.join(folder, name)) for folder, _, names in os.walk(path)
-             for name in names if name.endswith(".py")]
+    facts = []
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if name.endswith(".py"):
+                with suppress(OSError):  # it is just being replaced; or an editor's mark, which leads nowhere
+                    facts.append(os.stat(os.path.join(folder, name)))
     return len(facts), sum(f.st_size for f in facts), max((f.st_mtime_ns for f in facts), default=0)
 
 
@@ -39,7 +43,6 @@ def become(program: list[str], state: Json, fds: Iterable[int]) -> NoReturn:
         finally:  # it could not be executed: we stay what we are
             for fd in inherited:
                 os.set_inheritable(fd, False)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def restore(fd: int) -> Json:

@@ -9,6 +9,7 @@ SIGKILL could still undo.
 """
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ from typing import Callable, Sequence
 from ..config import ServerConfig
 from ..errors import AgentServerError, RequestError
 from ..messages import ShutdownRequest
-from ..wire import Json, rfc3339
+from ..wire import Json, encode_text, rfc3339
 from . import process, tree
 from .adoption import Adoption
 from .channel import Channel
@@ -84,6 +85,7 @@ class Service:
         self._listener: socket.socket | None = None
         self._inode = 0
         self.yielded = False  # a successor is ready to take over
+        self.kept = Inheritance({}, {})  # what we yielded
 
     def _named(self, config: ServerConfig) -> ServerConfig:
         """Give the server the id it had before, where none was configured."""
@@ -113,6 +115,7 @@ class Service:
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
         self.reactor.after(min(TRIM_SECS, self.config.events_secs), self._trim)
         self.supervisor.ending.reap()
+        self._go_on_ending()
         self._keeper.channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
         words, self._keeper.words = self._keeper.words, []
         self._hear([*words, *self._keeper.channel.pending()])
@@ -144,9 +147,9 @@ class Service:
         if self._listener is not None:
             self._close_listener(self._listener)
         if self.yielded:
-            self.supervisor.let_go()
+            self.kept = Inheritance(self.supervisor.let_go(), {})
         else:
-            self._keeper.channel.send({"done": True})
+            self._keeper.channel.last({"done": True})
         self.registry.close()
         self.counters.close()
         self._last_words.close()
@@ -212,7 +215,15 @@ class Service:
             self.supervisor.shutdown("graceful", None, SERVER, self._down)
 
     def _on_shutdown(self, request: ShutdownRequest, ask: Ask) -> None:
+        """The next core, if there has to be one, goes on with it; what is ended by a signal, the keeper remembers."""
+        self.registry.put("ending", encode_text({"started_at": self.facts.started_at, "mode": request.mode,
+                                                 "grace_secs": request.grace_secs}))
         self.supervisor.shutdown(request.mode, request.grace_secs, ask, self._down)
+
+    def _go_on_ending(self) -> None:
+        ending = json.loads(self.registry.get("ending") or "{}")
+        if ending.get("started_at") == self.facts.started_at:  # else it was another server's
+            self.supervisor.shutdown(ending["mode"], ending["grace_secs"], SERVER, self._down)
 
     def _down(self) -> None:
         """All agents have ended. Clients that listen get a moment to ask what became of theirs."""
@@ -352,7 +363,8 @@ def peer_of(sock: socket.socket) -> tuple[int, str]:
 def main(sock: socket.socket) -> int:
     """Run the core for the keeper at the other end of `sock`.
 
-    As a successor it first only shows that it could serve, and waits until the core before it has let go."""
+    As a successor it first only shows that it could serve, and waits until the core before it has let go. That one goes
+    on when it fails, or when the keeper dies meanwhile."""
     channel = Channel(sock)
     started = channel.next()
     config, keeper = ServerConfig.from_json(started["config"]), Keeper(channel, started["keeper_pid"])
@@ -362,17 +374,22 @@ def main(sock: socket.socket) -> int:
         if started.get("standby"):
             check_registry("registry.db")
             channel.send({"standby": True})
+        left = inherit(keeper.channel)
         while True:
-            left = inherit(keeper.channel)
             with held("core.lock"):
                 service = Service(started, keeper, say)
                 service.start(left)
                 service.run()
             if not service.yielded:
                 return 0
-            if keeper.succeeded():
-                return YIELDED
-            say("the new core did not come up; going on")
+            try:
+                if keeper.succeeded():
+                    return YIELDED
+                left = inherit(keeper.channel)
+                service.kept.close()
+                say("the new core did not come up; going on")
+            except EOFError:  # a successor may have the lock by now; else it will not be one
+                left = service.kept
     except AgentServerError as e:
         return keeper.channel.fail(str(e))
     except EOFError:

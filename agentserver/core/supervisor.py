@@ -387,11 +387,14 @@ class Supervisor:
 
     # ------------------------------------------------------------ over time
 
-    def let_go(self) -> None:
-        """Close our ends of everything; a successor has copies of them."""
+    def let_go(self) -> dict[str, dict[str, int]]:
+        """Close our ends of everything; a successor has copies of them. Return such copies as it was handed."""
+        kept = {}
         for agent in self.agents.values():
             if agent.run is not None:
+                kept[agent.id] = {name: os.dup(fd) for name, fd in agent.run.descriptors().items() if fd >= 0}
                 agent.run.let_go()
+        return kept
 
     def hold_all(self) -> None:
         """Give a new keeper copies of everything."""

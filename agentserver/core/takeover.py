@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from typing import Any, Mapping, NamedTuple
 
 from . import terminal, tree
@@ -40,6 +41,12 @@ class Inheritance(NamedTuple):
 
     fds: dict[str, dict[str, int]]
     ends: dict[int, End]
+
+    def close(self) -> None:
+        """Nobody takes it."""
+        for held in self.fds.values():
+            for fd in held.values():
+                os.close(fd)
 
     def note(self, told: list[Any]) -> None:
         """Take one end as the keeper tells it."""
@@ -72,8 +79,9 @@ class Keeper:
     def reap(self) -> list[Json]:
         """Let the keeper collect whoever has ended by now; return what it says of them. Only for a core's start."""
         self.channel.send({"reap": True})
-        while "reaped" not in (word := self.channel.next()):
-            self.words.append(word)
+        with suppress(EOFError):  # it is gone; whoever listens to the channel hears that as well
+            while "reaped" not in (word := self.channel.next()):
+                self.words.append(word)
         return self.words
 
     def hold(self, agent_id: str, fds: Mapping[str, int]) -> None:
@@ -193,8 +201,6 @@ class TakeOver:
 
     def unclaimed(self) -> list[str]:
         """Return whom the keeper held something for that no agent claimed; our copies are closed."""
-        for held in self._left.fds.values():
-            for fd in held.values():
-                os.close(fd)
+        self._left.close()
         return list(self._left.fds)
 

@@ -199,9 +199,10 @@ def command_of(pid: int) -> str:
 
 
 def is_part(pid: int, keeper: int) -> bool:
-    """Whether a child of the keeper looks like a core or a shell; until its exec such a one looks like the keeper."""
+    """Whether a child of the keeper looks like one of our own processes; until its exec such a one looks like the
+    keeper."""
     command = _read(f"{_PROC}/{pid}/cmdline", 4096)
-    return command.endswith((b"\0_core\0", b"\0_shell\0")) or (
+    return command.endswith((b"\0_core\0", b"\0_shell\0", b"\0_check\0")) or (
         command != b"" and command == _read(f"{_PROC}/{keeper}/cmdline", 4096))
 
 
