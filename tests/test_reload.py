@@ -236,7 +236,7 @@ def test_a_successor_that_dies_before_the_core_has_yielded(interrupted: Interrup
     """The word to yield is under way then, and cannot be taken back."""
     server, core = interrupted.server, interrupted.core
     os.kill(core, signal.SIGSTOP)
-    os.kill(interrupted.reload("left = inherit("), signal.SIGKILL)
+    os.kill(interrupted.reload("left = inherit(keeper.channel)\n        while"), signal.SIGKILL)
     wait_until(lambda: "the reload failed" in server.logs(), what="the keeper to see it")
     os.kill(core, signal.SIGCONT)
     wait_until(lambda: "going on" in server.logs(), what="the core to go on")
