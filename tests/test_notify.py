@@ -271,7 +271,7 @@ def test_all_killed_at_once_and_no_byte_lost(
     wait_until(lambda: not alive(pids[ticker]), what="the ticker to end")
 
     again = manager.start_again(start_server, server.state_dir)
-    assert manager.heard("READY") == ["1", "1"]
+    wait_until(lambda: manager.heard("READY") == ["1", "1"], what="the second start to be told")
     with LineWire(again.socket_path) as wire:
         for each in (*writers, talker, family):
             info = wire.info(each)
