@@ -246,14 +246,15 @@ def test_silence_is_a_timeout_and_absence_is_not(caller: AgentClient, core: Fake
 def test_a_first_request_that_is_cut_is_asked_again(twin: Any, state_dir: Path) -> None:
     """Somebody was there a moment ago; so nobody being there now is not yet the end."""
     path = socket_path(str(state_dir))
+    successor: List[FakeCore] = []
+    timer = threading.Timer(0.2, lambda: successor.append(FakeCore(path)))
 
     def dies(raw: bytes, connection: Connection) -> Optional[bytes]:
         core.close()
-        return None
-    successor: List[FakeCore] = []
-    with FakeCore(path, dies) as core, twin(f"unix:{path}") as caller:
-        timer = threading.Timer(0.2, lambda: successor.append(FakeCore(path)))
         timer.start()
+        return None
+
+    with FakeCore(path, dies) as core, twin(f"unix:{path}") as caller:
         assert caller.request({"type": "x"})["success"]
         timer.join()
         successor[0].close()
@@ -608,15 +609,23 @@ def test_waiting_can_be_bounded_and_names_who_is_late(caller: AgentClient) -> No
         caller.wait("worker", timeout=0.05)
 
 
-def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, core: FakeCore, story: Story) -> None:
-    """Without the seconds in which a server that was reached before is tried again."""
-    looked = threading.Event()
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set when a caller has looked at the agent, so that what it learns next of it is what it is told."""
+    event = threading.Event()
     real = hints.Hints.looked
 
     def look(self: hints.Hints, key: str) -> None:
         real(self, key)
-        looked.set()
+        event.set()
 
+    monkeypatch.setattr(hints.Hints, "looked", look)
+    return event
+
+
+def test_a_told_end_is_believed_when_the_server_has_gone(
+        caller: AgentClient, core: FakeCore, story: Story, looked: threading.Event) -> None:
+    """Without the seconds in which a server that was reached before is tried again."""
     def end_and_go() -> None:
         looked.wait(20)
         core.handler = lambda raw, connection: None   # it answers nothing more
@@ -626,17 +635,18 @@ def test_a_told_end_is_believed_when_the_server_has_gone(caller: AgentClient, co
     caller._calls.retry_secs = 1000.0   # were `caller` to ask after that, the test would hang
     thread = threading.Thread(target=end_and_go)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hints.Hints, "looked", look)
-        (info,) = caller.wait(ID, timeout=20)
+    (info,) = caller.wait(ID, timeout=20)
     thread.join()
     assert (info.id, info.status, info.exit and info.exit.code) == (ID, "failed", 3)
     assert caller.wait([ID])[0].exit == info.exit, "and once more, as `run` does after the output"
 
 
-def test_a_told_end_is_not_believed_of_an_agent_that_runs_again(caller: AgentClient, story: Story) -> None:
-    story.before_reply["get_status"] = lambda: threading.Timer(0.1, story.end).start()
+def test_a_told_end_is_not_believed_of_an_agent_that_runs_again(
+        caller: AgentClient, story: Story, looked: threading.Event) -> None:
+    thread = threading.Thread(target=lambda: looked.wait(20) and story.end())
+    thread.start()
     assert caller.agent("worker").wait(timeout=20).code == 3 and ID in caller._calls.ends
+    thread.join()
     story.happen("running", push=False)
     with pytest.raises(RequestTimeout):
         caller.wait(ID, timeout=0.05)

@@ -108,6 +108,7 @@ def test_a_late_reply_does_not_meet_the_next_request(path: str, link: LineLink) 
     with FakeCore(path, slow):
         with pytest.raises(RequestTimeout):
             link.request(b'{"request_id": "slow"}', 0.05)
+        wait_until(lambda: late, what="the first to be heard")
         try:
             late[0].reply(b'{"request_id": "slow"}')
         except OSError:
