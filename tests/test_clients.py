@@ -12,7 +12,7 @@ import hashlib
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, Set, Tuple
 
 import pytest
 from support import Server, agent, wait_until

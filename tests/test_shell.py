@@ -27,7 +27,7 @@ zmq = pytest.importorskip("zmq")
 from agentserver import AgentServer, ServerConfig  # noqa: E402
 from agentserver.core.link import socket_path  # noqa: E402
 from agentserver.errors import LinkError, StartError  # noqa: E402
-from agentserver.shell import endpoints  # noqa: E402
+from agentserver.shell import endpoints, listening  # noqa: E402
 from agentserver.shell.link import ZmqLink  # noqa: E402
 from agentserver.shell.monitor import Topics  # noqa: E402
 from agentserver.wire import encode  # noqa: E402
@@ -226,7 +226,7 @@ def rep() -> Iterator[Any]:
 
 def test_an_ipc_socket_is_ours_alone_and_goes_with_us(rep: Any, state_dir: Path) -> None:
     path = state_dir / "rep"
-    bound = endpoints.bind(rep, f"ipc://{path}")
+    bound = listening.bind(rep, f"ipc://{path}")
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600 and bound.endpoint == f"ipc://{path}"
     with zmq.Context() as context, context.socket(zmq.REQ) as req:
         req.linger = 0
@@ -242,7 +242,7 @@ def test_an_ipc_socket_is_ours_alone_and_goes_with_us(rep: Any, state_dir: Path)
 
 def test_an_ipc_socket_of_a_successor_is_left_alone(rep: Any, state_dir: Path) -> None:
     path = state_dir / "rep"
-    bound = endpoints.bind(rep, f"ipc://{path}")
+    bound = listening.bind(rep, f"ipc://{path}")
     os.unlink(path)
     path.write_text("a successor's")
     rep.close()
@@ -254,13 +254,13 @@ def test_what_lies_at_an_ipc_path_is_looked_at_first(rep: Any, state_dir: Path) 
     path = state_dir / "rep"
     path.write_text("a file")
     with pytest.raises(StartError, match="not a socket"):
-        endpoints.bind(rep, f"ipc://{path}")
+        listening.bind(rep, f"ipc://{path}")
     assert path.read_text() == "a file"
     path.unlink()
     with FakeCore(str(path)), pytest.raises(StartError, match="already listens"):
-        endpoints.bind(rep, f"ipc://{path}")
+        listening.bind(rep, f"ipc://{path}")
     FakeCore(str(path)).close(crash=True)
-    endpoints.bind(rep, f"ipc://{path}").release()
+    listening.bind(rep, f"ipc://{path}").release()
 
 
 @pytest.mark.parametrize("endpoint, sentence", [
@@ -268,7 +268,7 @@ def test_what_lies_at_an_ipc_path_is_looked_at_first(rep: Any, state_dir: Path) 
     ("ipc:///" + "x" * 200, "shorter"), ("nonsense", "not an address")])
 def test_addresses_that_cannot_be_bound_are_explained(rep: Any, endpoint: str, sentence: str) -> None:
     with pytest.raises(StartError, match=sentence):
-        endpoints.bind(rep, endpoint)
+        listening.bind(rep, endpoint)
 
 
 # ---------------------------------------------------------------- publishing

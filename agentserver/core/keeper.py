@@ -294,16 +294,15 @@ class Keeper:
             self._say(f"the keeper's own code has changed, and it stays what it was until the next reload: {why}")
 
     def _become(self, found: tuple[int, ...]) -> None:
-        parts = [part for part in self._everyone if part.pid]
         held, ends = self._held.state()
         state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
                  "log": self._log, "started_at": self._started_at, "generation": self._generation,
                  "nofile": self._nofile, "core": self._core.state(), "held": held, "ends": ends, "stamp": found,
                  "shell": self._shell.state() if self._shell is not None else None}
         fds = [fd for names in held.values() for fd in names.values()]
-        channels = [part.channel.fileno() for part in parts if part.channel is not None]
+        fds += [fd for part in self._parts for fd in part.descriptors]
         with self._notify.carried(os.environ):
-            become([*process.program(), "_renewed"], state, [self._lock, *channels, *fds])
+            become([*process.program(), "_renewed"], state, [self._lock, *fds])
 
     def _word_waits(self) -> bool:
         """Whether somebody has said something that we have not acted on."""

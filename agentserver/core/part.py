@@ -27,6 +27,7 @@ class Part:
         self.channel: Channel | None = None
         self.ready: Json = {}
         self.endpoints: Json = {}  # where it listens, for the next one too: it may die before it is ready
+        self.listeners: list[int] = []  # copies of what it listens on: who comes before the next one is there waits
         self.failed = ""        # the sentence with which it gave up
         self.done = False       # it said that it is through
         self.yielded = False    # it waits for its successor to serve, or to fail
@@ -50,7 +51,7 @@ class Part:
             os.close(log)
         self.channel, self.ready, self.failed, self.ours = Channel(ours), {}, "", True
         self.done = self.yielded = self.leaving = self.asks_ends = False
-        self.channel.send(word)
+        self.channel.send(word, self.listeners)
 
     def adopt(self, sock: socket.socket) -> Json:
         """Take over a core whose keeper died, through its own socket; return what it says of the server."""
@@ -74,27 +75,41 @@ class Part:
     def hear(self, word: Json) -> None:
         """Note what it said of itself."""
         self.ready = word.get("ready", self.ready)
-        self.endpoints = {k: v for k, v in self.ready.items() if k.endswith("endpoint")} or self.endpoints
+        if "endpoint" in word.get("ready", ()):
+            self._listens(self.ready, word.get("fds", []))
         self.failed = word.get("failed", self.failed)
         self.done = word.get("done", self.done)
         self.asks_ends = word.get("reap", self.asks_ends)
 
+    def _listens(self, where: Json, fds: list[int]) -> None:
+        for fd in self.listeners:
+            os.close(fd)
+        self.endpoints, self.listeners = where, fds
+
     def state(self) -> Json:
         """Return what a newer version of us needs to go on with it."""
         return {"pid": self.pid, "channel": self.channel.fileno() if self.channel is not None else -1,
-                "ready": self.ready, "endpoints": self.endpoints, "ours": self.ours}
+                "ready": self.ready, "endpoints": self.endpoints, "listeners": self.listeners, "ours": self.ours}
+
+    @property
+    def descriptors(self) -> list[int]:
+        """What a newer version of us needs besides."""
+        return [*self.listeners, *([self.channel.fileno()] if self.channel is not None else [])]
 
     def restore(self, state: Json) -> None:
         """Go on with a process that an older version of us has started."""
         self.pid, self.ready, self.ours, self.began = state["pid"], state["ready"], state["ours"], time.monotonic()
-        self.endpoints = state["endpoints"]
+        self.endpoints, self.listeners = state["endpoints"], state.get("listeners", [])
         if state["channel"] >= 0:
-            os.set_inheritable(state["channel"], False)
             self.channel = Channel(socket.socket(fileno=state["channel"]))
+        for fd in self.descriptors:
+            os.set_inheritable(fd, False)
 
     def stop(self, again: bool = False) -> None:
         """Ask it to leave; `again`: another comes in its place."""
         self.leaving = again
+        if not again:
+            self._listens({}, [])
         if self.channel is not None:
             self.channel.send({"stop": True, "again": again})
 

@@ -2,7 +2,8 @@
 
 Owns:    this map. Read in this order; each file uses only those above it:
 
-    endpoints   addresses, socket options, refusals of our own
+    endpoints   socket options, whether anybody is there, refusals of our own
+    listening   the listening sockets: bound, and handed on to the next shell
     link        the ZeroMQ end for clients
     alink       the same for asynchronous clients
     monitor     the monitor thread: the core's events to subscribers

@@ -15,6 +15,7 @@ from typing import Optional, Sequence
 from ..core.channel import Channel, Json
 from ..core.lock import await_free, held
 from ..errors import AgentServerError
+from .listening import hand_on, left_behind
 from .server import Front
 
 _ORPHAN_SECS = 5.0     # without a keeper and without a core for so long, there is nothing left to serve
@@ -93,13 +94,14 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
     with held(lock):
         front = Front(config, config.state_dir)
         try:
-            endpoint, pub_endpoint = front.open(
+            front.open(
                 hello.get("endpoint") or config.endpoint,
                 hello["pub_endpoint"] if again and "pub_endpoint" in hello else config.pub_endpoint,
-                _REBIND_SECS if again else 0.0)
+                _REBIND_SECS if again else 0.0, left_behind(hello))
             loop = front.loop(owner)
             if loop.meet():
-                channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint}})
+                (endpoint, pub_endpoint), (files, fds) = front.endpoints, hand_on(front.bound)
+                channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint, "files": files}}, fds)
                 loop.run()
         finally:
             front.close(owner.followed)

@@ -23,7 +23,8 @@ from ..core.framelink import FrameStream
 from ..errors import LinkError, StartError
 from ..wire import encode, new_id
 from .crowd import JOIN_BYTES, MOST_BYTES, MOST_UNHEARD, NODE_BYTES, Crowd
-from .endpoints import Bound, bind, connection_of, xpub_socket
+from .endpoints import connection_of, xpub_socket
+from .listening import Bound, bind
 
 MAX_TOPIC = 64             # bytes; no topic of ours is longer
 MOST_TOPICS = 10_000       # beyond it the core is asked for everything, and libzmq does the choosing
@@ -77,38 +78,40 @@ class Monitor:
     """Publish until `stop`."""
 
     def __init__(self, context: zmq.Context[Any], core: str, pub_endpoint: str, hwm: int,
-                 patience_secs: float = 0.0) -> None:
+                 patience_secs: float = 0.0, left: Optional[Bound] = None) -> None:
         self._context, self._hwm = context, hwm
         self._core = core
         self._pub_endpoint = pub_endpoint
-        self._patience_secs = patience_secs
+        self._patience_secs, self._left = patience_secs, left
         self._wake, self._waker = socket.socketpair()
         self._thread: Optional[threading.Thread] = None
         self._opened = threading.Event()
         self._bound: Optional[Bound] = None
         self._error: Optional[StartError] = None
 
-    def start(self, endpoint: str) -> str:
+    def start(self, endpoint: str) -> Bound:
         """Bind and begin, in a thread of its own; return the real publishing address or raise `StartError`."""
         self._thread = threading.Thread(target=self._main, args=(endpoint,), name="monitor", daemon=True)
         self._thread.start()
         self._opened.wait()
         if self._bound is None:
             raise self._error or StartError(f"cannot publish at {self._pub_endpoint}")
-        return self._bound.endpoint
+        return self._bound
 
-    def stop(self) -> None:
-        """End the thread; returns when its sockets are closed."""
+    def stop(self, followed: bool) -> None:
+        """End the thread; returns when its sockets are closed. `followed`: by another, who goes on with the address."""
         self._waker.close()
         if self._thread is not None:
             self._thread.join()
         self._wake.close()
+        if self._bound is not None and not followed:
+            self._bound.release()
 
     def _main(self, endpoint: str) -> None:
         xpub = xpub_socket(self._context, self._hwm)
         try:
             try:
-                self._bound = bind(xpub, self._pub_endpoint, self._patience_secs)
+                self._bound = bind(xpub, self._pub_endpoint, self._patience_secs, self._left)
             except StartError as e:
                 self._error = e
                 return
@@ -119,8 +122,6 @@ class Monitor:
             }), self._wake.fileno()).run()
         finally:
             xpub.close()
-            if self._bound is not None:
-                self._bound.release()
 
 
 class _Publisher:

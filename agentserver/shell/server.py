@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Dict, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
 import zmq
 
@@ -21,7 +21,8 @@ from ..core.serving import make_state_dir, start_detached
 from ..errors import LinkError, RequestError, StartError
 from ..results import Health, ServerStats
 from ..wire import encode, new_id
-from .endpoints import Bound, bind, rep_socket
+from .endpoints import rep_socket
+from .listening import Bound, bind
 from .loop import Owner, RepLoop
 from .monitor import Monitor
 
@@ -76,7 +77,8 @@ class AgentServer:
         with held(os.path.join(self._state_dir, "shell.lock")):
             front = Front(self._config, self._state_dir)
             try:
-                self._bound = front.open(self._config.endpoint, self._config.pub_endpoint)
+                front.open(self._config.endpoint, self._config.pub_endpoint)
+                self._bound = front.endpoints
                 self._start_core()
                 self._run(front)
             finally:
@@ -193,34 +195,40 @@ class Front:
         self._core = socket_path(state_dir)
         self._context: zmq.Context[Any] = zmq.Context()
         self._rep = rep_socket(self._context)
-        self._bound: Optional[Bound] = None
+        self.bound: List[Bound] = []   # for requests and, if there is publishing, for that
         self._monitor: Optional[Monitor] = None
         self._link: Optional[FrameLink] = None
-        self._hello: Json = {}
 
-    def open(self, endpoint: str, pub_endpoint: str, patience_secs: float = 0.0) -> tuple[str, str]:
-        """Bind both sockets and return their real addresses; raise `StartError`."""
-        self._bound = bind(self._rep, endpoint, patience_secs)
-        self._hello = {"role": "requests", "pid": os.getpid(), "endpoint": self._bound.endpoint, "pub_endpoint": ""}
+    def open(self, endpoint: str, pub_endpoint: str, patience_secs: float = 0.0,
+             left: Sequence[Optional[Bound]] = (None, None)) -> None:
+        """Bind both sockets, or go on with what a shell before us has `left`; raise `StartError`."""
+        self.bound = [bind(self._rep, endpoint, patience_secs, left[0])]
         if pub_endpoint and pub_endpoint != NO_PUBLISHING:
-            self._monitor = Monitor(self._context, self._core, pub_endpoint, self._config.pub_hwm, patience_secs)
-            self._hello["pub_endpoint"] = self._monitor.start(self._bound.endpoint)
-        return self._bound.endpoint, str(self._hello["pub_endpoint"])
+            self._monitor = Monitor(self._context, self._core, pub_endpoint, self._config.pub_hwm, patience_secs,
+                                    left[1])
+            self.bound.append(self._monitor.start(self.bound[0].endpoint))
+
+    @property
+    def endpoints(self) -> tuple[str, str]:
+        """The real addresses, for requests and for publishing; the latter is `""` without."""
+        return self.bound[0].endpoint, self.bound[1].endpoint if self._monitor is not None else ""
 
     def loop(self, owner: Owner) -> RepLoop:
         """Return the loop that serves requests for this owner."""
-        self._link = FrameLink(self._core, self._hello)
+        endpoint, pub_endpoint = self.endpoints
+        self._link = FrameLink(self._core, {"role": "requests", "pid": os.getpid(), "endpoint": endpoint,
+                                            "pub_endpoint": pub_endpoint})
         return RepLoop(self._rep, self._link, owner, self._config.request_timeout_secs)
 
     def close(self, followed: bool = False) -> None:
         """Stop the monitor, let the last replies out, close everything; safe to call half-way. A shell that follows
-        this one finds the file of an `ipc://` socket in its place: to whoever comes meanwhile, the server is not
+        this one finds the files of `ipc://` sockets in their place: to whoever comes meanwhile, the server is not
         gone."""
         if self._monitor is not None:
-            self._monitor.stop()
+            self._monitor.stop(followed)
         self._rep.close(linger=_LAST_REPLY_MS)
         if self._link is not None:
             self._link.close()
         self._context.term()
-        if self._bound is not None and not followed:
-            self._bound.release()
+        if self.bound and not followed:
+            self.bound[0].release()
