@@ -104,6 +104,24 @@ def test_a_keeper_that_became_its_new_code_holds_them_still(start_server: Callab
     call_without_shell(server)
 
 
+@pytest.mark.parametrize("old, older", [
+    ("left_behind(hello)", "(None, None)"),
+    ('"files": files}}, fds)', '}})')], ids=["takes none", "gives none"])
+def test_a_shell_that_knows_nothing_of_this_serves_too(old: str, older: str, start_server: Callable[..., Server],
+                                                       run_dir: Path) -> None:
+    """After a reload to an older version; it finds the address taken by what the keeper holds, once."""
+    package = copied(run_dir / f"older-{len(older)}")
+    server = start_server(program=[sys.executable, str(package / "__main__.py")], environ={"PYTHONPATH": ""})
+    child = package / "shell" / "child.py"
+    assert child.read_text().count(old) == 1
+    child.write_text(child.read_text().replace(old, older))
+    for _ in range(2):
+        shell = server.pids()["shell"]
+        os.kill(shell, signal.SIGKILL)
+        back(server, "shell", shell)
+        assert zmq_answers(server.endpoint)
+
+
 def test_a_socket_whose_file_is_gone_is_made_anew(start_server: Callable[..., Server], state_dir: Path) -> None:
     """A program that cleans up took it away: whoever goes on listening there is found by nobody."""
     server = start_server(state_dir=state_dir, **ends("ipc", state_dir))

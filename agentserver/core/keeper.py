@@ -132,7 +132,7 @@ class Keeper:
 
     def _hello(self, **more: object) -> Json:
         return {"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
-                "keeper_pid": os.getpid(), "nofile": self._nofile, **more}
+                "keeper_pid": os.getpid(), "nofile": self._nofile, "holds_listeners": True, **more}
 
     def _start(self, part: Part) -> None:
         part.start(self._hello(**part.endpoints))

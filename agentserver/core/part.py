@@ -67,6 +67,8 @@ class Part:
         first, most = BACKOFF_SECS
         crashed_at_once = not self.ready or now - self.began < LEAST_LIFE_SECS
         self._pause = min(max(first, self._pause * 2), most) if crashed_at_once else 0.0
+        if self.failed:  # it may be older than us and not know what it was given, and so find its address taken
+            self._listens(self.endpoints, [])
         self.pid, self.again_at = 0, now + self._pause
         if self.channel is not None:
             self.channel.close()

@@ -101,6 +101,7 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
             loop = front.loop(owner)
             if loop.meet():
                 (endpoint, pub_endpoint), (files, fds) = front.endpoints, hand_on(front.bound)
+                fds = fds if hello.get("holds_listeners") else []  # an older keeper would keep them open for nobody
                 channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint, "files": files}}, fds)
                 loop.run()
         finally:
