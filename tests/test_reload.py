@@ -129,6 +129,24 @@ def copied(where: Path) -> Path:
     return package
 
 
+def test_a_bug_in_the_keeper_ends_no_agent(start_server: Callable[..., Server], run_dir: Path, state_dir: Path) -> None:
+    """It is as if it had been killed: the next one finds all that was there."""
+    package = copied(run_dir / "bug")
+    keeper = package / "core" / "keeper.py"
+    keeper.write_text(keeper.read_text().replace("self._reload_asked = True", "raise RuntimeError('a bug')"))
+    server = start_server(program=[sys.executable, str(package / "__main__.py")], environ={"PYTHONPATH": ""},
+                          state_dir=state_dir)
+    with LineWire(server.socket_path) as wire:
+        each = wire.spawn("echo")
+    by_signal(server)
+    assert server.process.wait(60) == 1
+    heir = start_server(state_dir=state_dir)
+    with LineWire(heir.socket_path) as wire:
+        wire.control(each, "write_stdin", data="x\n", eof=True)
+        assert wire.output(each) == b"ready\nx\n"
+    server.process.stdout.close()  # type: ignore[union-attr]
+
+
 def test_the_keeper_becomes_its_new_code_in_place(start_server: Callable[..., Server], run_dir: Path) -> None:
     """Same pid, same children, agents adopted by it included; twice; and it still ends well."""
     package, told = copied(run_dir / "renewed"), run_dir / "renewed" / "told"

@@ -6,11 +6,14 @@ Unaware: of how it is done; the chaos suite does it at random, and counts.
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import signal
+import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Callable
 
@@ -18,7 +21,7 @@ import pytest
 from support import DEADLINE_SECS, Server, agent, wait_until
 from test_faults import back, zmq_answers
 from test_tree import grown
-from wire import LineWire, new_id, states
+from wire import LineWire, alive, new_id, states
 
 from agentserver.core.pidfd import tells_exit_codes
 from agentserver.core.tree import become_subreaper
@@ -210,3 +213,48 @@ def test_ends_while_there_is_no_core_that_had_lost_its_keeper(start_server: Call
             for pid in all_of_it[1:]:
                 os.waitpid(pid, 0)
     server.process.stdout.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("shell", ["stopped", "dead"])
+def test_agents_live_on_where_the_next_keeper_cannot_have_the_address_yet(
+        shell: str, start_server: Callable[..., Server]) -> None:
+    """A stopped shell, or a program of somebody's, has it. The keeper goes on without, and has a shell when it can."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        each, parts = wire.spawn("echo"), server.pids()
+        pid = wire.info(each)["pid"]
+    port = int(server.endpoint.rpartition(":")[2])
+    server.process.kill()
+    server.process.wait(DEADLINE_SECS)
+    os.kill(parts["shell"], signal.SIGSTOP if shell == "stopped" else signal.SIGKILL)
+    with contextlib.ExitStack() as taken:
+        if shell == "dead":
+            wait_until(lambda: not alive(parts["shell"]), what="the shell to be dead")
+            squatter = taken.enter_context(socket.socket())
+            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            wait_until(lambda: bound(squatter, port), what="the port")
+            squatter.listen()
+            threading.Thread(target=leave_when_missed, args=(server.state_dir / "shell.log", squatter)).start()
+        heir = start_server(state_dir=server.state_dir)
+    assert heir.endpoint == server.endpoint and heir.pids()["core"] == parts["core"]
+    assert zmq_answers(heir.endpoint)
+    with LineWire(heir.socket_path) as wire:
+        assert wire.info(each)["pid"] == pid
+        wire.control(each, "write_stdin", data="still\n", eof=True)
+        assert wire.output(each) == b"ready\nstill\n"
+    server.process.stdout.close()  # type: ignore[union-attr]
+
+
+def bound(sock: socket.socket, port: int) -> bool:
+    """Try to bind; return whether it is."""
+    try:
+        sock.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    return True
+
+
+def leave_when_missed(log: Path, squatter: socket.socket) -> None:
+    """Let go of an address when a shell has said that it cannot have it."""
+    wait_until(lambda: log.exists() and "already listens" in log.read_text(), what="a shell that complains")
+    squatter.close()

@@ -41,6 +41,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     commands    what can be asked of one agent
     control     handle(): decode, dispatch, do once, encode
     connection  one connection to core.sock
+    orphan      a shell whose keeper died, ended when another has come
     service     the core process
     audience    who listens on a connection, and to what              pure
     link        the other end: how clients talk to a core

@@ -23,6 +23,8 @@ class Facts:
         self.started_at = float(started["started_at"])
         self._keeper_pid, self.generation = keeper_pid, int(started["generation"])
         self._shell: Json = {}
+        #: where the last shell listened, also when there is none now
+        self.listened: Json = {}
         self._json = b""
         self._reload_failed = ""
 
@@ -34,12 +36,18 @@ class Facts:
     def set_shell(self, shell: Json) -> None:
         """Note where the shell listens; empty when there is none."""
         self._shell = shell
+        self.listened = shell or self.listened
         self._json = b""
 
     def set_keeper(self, pid: int) -> None:
         """Note that another keeper has come."""
         self._keeper_pid = pid
         self._json = b""
+
+    def orphaned_shell(self) -> int:
+        """Return the pid of a shell that another keeper has started than the one there is now; 0 when there is none."""
+        theirs = self._shell.get("keeper_pid", 0)  # 0: a program of somebody's own, which no keeper started
+        return int(self._shell.get("pid") or 0) if theirs and theirs != self._keeper_pid else 0
 
     def shell(self) -> Json:
         """Return what the shell said of itself; empty when there is none."""

@@ -55,7 +55,8 @@ class Keeper:
         self._next: Part | None = None     # a successor of the core, while a reload is under way
         self._why = ""                     # it failed, the last time that one did
         self._before: Part | None = None   # the core that a successor has replaced, until it has left
-        self._was_ready = False
+        self._announced = False
+        self._serves = False    # the server has been up, perhaps before us: whatever we cannot do, its agents live on
         self._stopping = 0.0    # monotonic time by which the core has to be gone
         self._last_core = False  # while we stop, one more core is started to end what a dead one left
         self._wake, wake_out = socket.socketpair()
@@ -81,26 +82,32 @@ class Keeper:
         try:
             if not self._core.pid:
                 self._adopt()
-            for part in self._parts:
-                if not part.pid:
-                    self._start(part)
-            while True:
-                self._wait()
-                code = self._reap()
-                if code is not None:
-                    return code
-                self._reaped()
-                self._announce()
-                self._again()
-                self._reload()
-                self._renew()
-        finally:
+            code = self._look_after()
+        except Exception:
+            if not (self._serves and self._core.pid):  # else it goes on without us, for another keeper to find
+                self._end_parts()
+            raise
+        else:
             self._notify.stopping()
             self._end_parts()
+            return code
+        finally:
             self._notify.close()
             signal.set_wakeup_fd(-1)
             self._wake.close()
             self._wake_out.close()
+
+    def _look_after(self) -> int:
+        while True:
+            self._again()
+            self._reload()
+            self._renew()
+            self._wait()
+            code = self._reap()
+            if code is not None:
+                return code
+            self._reaped()
+            self._announce()
 
     # ------------------------------------------------------------ starting
 
@@ -112,12 +119,17 @@ class Keeper:
                 word = self._call()
                 break
             except (AgentServerError, OSError, EOFError):  # it is just beginning, or ending
+                if self._core.channel is not None:
+                    self._core.channel.close()
+                    self._core.channel = None
                 if time.monotonic() >= until:
                     raise StartError(f"{self._config.state_dir} is held by a core that does not answer; see core.log "
                                      "there") from None
                 time.sleep(ADOPT_SECS / 100)
         else:
             return
+        self._serves = True
+        self._notify.ready()  # not when the shell is: what it waits for, the manager may not wait for
         self._started_at, self._generation = float(word["started_at"]), int(word["generation"])
         if self._shell is not None:
             self._shell.endpoints = {k: v for k, v in word["shell"].items() if k.endswith("endpoint")}
@@ -163,15 +175,17 @@ class Keeper:
                     self._start(part)
                 except OSError as e:  # no memory, or Python itself is being replaced: nothing to end the others for
                     part.dead()
-                    self._say(f"the {part.name} cannot be started: {e}; trying again")
                     if self._stopping and part is self._core:
                         raise StartError(f"the {part.name} cannot be started to end what a dead one left: {e}") from e
+                    if not self._serves:
+                        raise StartError(f"the {part.name} cannot be started: {e}") from None
+                    self._say(f"the {part.name} cannot be started: {e}; trying again")
 
     def _announce(self) -> None:
         """Say once where the server listens."""
-        if self._was_ready or not all(part.pid and part.ready for part in self._parts):
+        if self._announced or not all(part.pid and part.ready for part in self._parts):
             return
-        self._was_ready = True
+        self._announced = self._serves = True
         self._notify.ready()
         self._on_ready(self._where())
 
@@ -319,7 +333,7 @@ class Keeper:
         if self._shell is not None:
             self._shell.restore(state["shell"])
         self._held.restore(state["held"], state["ends"])
-        self._was_ready = True
+        self._announced = self._serves = True
         self._wake_out.send(bytes([signal.SIGCHLD]))  # one may have come just before
 
     def _not_succeeded(self, why: str) -> None:
@@ -412,7 +426,7 @@ class Keeper:
     def _died(self, part: Part, code: int) -> None:
         how = f"with {code}" if code >= 0 else f"by {process.signal_name(-code)}"
         why = part.failed or f"the {part.name} ended {how}; see {part.name}.log"
-        if not self._was_ready and part.ours:
+        if not self._serves:
             raise StartError(why)
         if not (self._stopping and part is not self._core):
             self._say(f"{why}; starting it again")

@@ -32,6 +32,7 @@ from .feed import Feed
 from .lastwords import LastWords
 from .lock import held
 from .log import Log
+from .orphan import end_orphaned
 from .pushing import Pushing
 from .queries import Queries
 from .reactor import READ, WRITE, Reactor
@@ -199,13 +200,14 @@ class Service:
         self.facts.set_keeper(self._keeper.pid)
         self._channel_watch = self.reactor.watch(channel.fileno(), READ, self._on_channel)
         channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id},
-                      "shell": self.facts.shell(), "started_at": self.facts.started_at,
+                      "shell": self.facts.listened, "started_at": self.facts.started_at,
                       "generation": self.facts.generation})
         self.supervisor.hold_all()
         self._say("a new keeper has come")
-        shell = self.facts.shell().get("pid")
-        if shell:  # its connection to us is open, so the pid is still its own; the keeper starts one of its own
-            process.send(int(shell), signal.SIGTERM)
+        self._end_orphaned()
+
+    def _end_orphaned(self) -> None:
+        end_orphaned(self.facts, self.reactor, lambda: self._channel_watch.active)
 
     def _stop(self) -> None:
         """End gracefully; asked a second time, hurry."""
@@ -308,6 +310,7 @@ class Service:
     def hello(self, facts: Json) -> None:
         """A shell said where it listens."""
         self.facts.set_shell(facts)
+        self._end_orphaned()
 
     def dirty(self, connection: Connection) -> None:
         """Send what this connection has, at the end of the turn."""

@@ -92,7 +92,7 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
     if again:
         await_free(lock, _REBIND_SECS)
     with held(lock):
-        front = Front(config, config.state_dir)
+        front = Front(config, config.state_dir, hello.get("keeper_pid", 0))
         try:
             front.open(
                 hello.get("endpoint") or config.endpoint,

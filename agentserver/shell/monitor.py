@@ -10,7 +10,6 @@ before something is published again; what libzmq itself keeps is bounded by cutt
 """
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
@@ -89,9 +88,10 @@ class Monitor:
         self._bound: Optional[Bound] = None
         self._error: Optional[StartError] = None
 
-    def start(self, endpoint: str) -> Bound:
-        """Bind and begin, in a thread of its own; return the real publishing address or raise `StartError`."""
-        self._thread = threading.Thread(target=self._main, args=(endpoint,), name="monitor", daemon=True)
+    def start(self, hello: Dict[str, Any]) -> Bound:
+        """Bind and begin, in a thread of its own; return the real publishing address or raise `StartError`.
+        `hello`: what the core is told of this shell."""
+        self._thread = threading.Thread(target=self._main, args=(hello,), name="monitor", daemon=True)
         self._thread.start()
         self._opened.wait()
         if self._bound is None:
@@ -107,7 +107,7 @@ class Monitor:
         if self._bound is not None and not followed:
             self._bound.release()
 
-    def _main(self, endpoint: str) -> None:
+    def _main(self, hello: Dict[str, Any]) -> None:
         xpub = xpub_socket(self._context, self._hwm)
         try:
             try:
@@ -118,7 +118,7 @@ class Monitor:
             finally:
                 self._opened.set()
             _Publisher(xpub, FrameStream(self._core, {
-                "role": "monitor", "pid": os.getpid(), "endpoint": endpoint, "pub_endpoint": self._bound.endpoint,
+                **hello, "role": "monitor", "pub_endpoint": self._bound.endpoint,
             }), self._wake.fileno()).run()
         finally:
             xpub.close()

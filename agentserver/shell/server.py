@@ -190,8 +190,10 @@ class Stopper:
 class Front:
     """The sockets of one serving shell: REP, XPUB with its monitor thread, and the link to the core."""
 
-    def __init__(self, config: ServerConfig, state_dir: str) -> None:
+    def __init__(self, config: ServerConfig, state_dir: str, keeper_pid: int = 0) -> None:
+        """`keeper_pid`: who started this process, if a keeper did."""
         self._config = config
+        self._hello: Json = {"pid": os.getpid(), "keeper_pid": keeper_pid}
         self._core = socket_path(state_dir)
         self._context: zmq.Context[Any] = zmq.Context()
         self._rep = rep_socket(self._context)
@@ -206,7 +208,7 @@ class Front:
         if pub_endpoint and pub_endpoint != NO_PUBLISHING:
             self._monitor = Monitor(self._context, self._core, pub_endpoint, self._config.pub_hwm, patience_secs,
                                     left[1])
-            self.bound.append(self._monitor.start(self.bound[0].endpoint))
+            self.bound.append(self._monitor.start({**self._hello, "endpoint": self.bound[0].endpoint}))
 
     @property
     def endpoints(self) -> tuple[str, str]:
@@ -216,7 +218,7 @@ class Front:
     def loop(self, owner: Owner) -> RepLoop:
         """Return the loop that serves requests for this owner."""
         endpoint, pub_endpoint = self.endpoints
-        self._link = FrameLink(self._core, {"role": "requests", "pid": os.getpid(), "endpoint": endpoint,
+        self._link = FrameLink(self._core, {**self._hello, "role": "requests", "endpoint": endpoint,
                                             "pub_endpoint": pub_endpoint})
         return RepLoop(self._rep, self._link, owner, self._config.request_timeout_secs)
 
