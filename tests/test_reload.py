@@ -7,6 +7,7 @@ Unaware: of the words that are said meanwhile (test_handover.py).
 """
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator, Tuple
 
 import pytest
 from driven import Driven
@@ -343,8 +344,10 @@ def test_a_shutdown_goes_on_in_the_next_core(server: Server, mode: str, happens:
     assert server.stop(0) == 0
 
 
-def test_a_reload_before_the_shell_is_there(state_dir: Path, run_dir: Path) -> None:
-    """The shell is told to make room for the next before it has said that it is ready."""
+@contextlib.contextmanager
+def with_a_late_shell(state_dir: Path, run_dir: Path) -> Iterator[Tuple[Server, int]]:
+    """A server that never said that it is ready, and the pid of its shell, which stopped itself before. The next shell
+    is a good one."""
     package = copied(short_dir(run_dir))
     child = package / "shell" / "child.py"
     good = child.read_text()
@@ -364,14 +367,32 @@ def test_a_reload_before_the_shell_is_there(state_dir: Path, run_dir: Path) -> N
                                          if said.endswith("_shell") and process_state(pid) == "T"), 0), what="a shell")
         child.write_text(good)
         wait_until(lambda: told(server).get("generation") == "1", what="the core")
+        yield server, shell
+        assert server.stop() == 0, server.logs()
+    finally:
+        server.abandon()
+
+
+def test_a_reload_before_the_shell_is_there(state_dir: Path, run_dir: Path) -> None:
+    """The shell is told to make room for the next before it has said that it is ready."""
+    with with_a_late_shell(state_dir, run_dir) as (server, shell):
         by_signal(server)
         wait_until(lambda: told(server).get("generation") == "2", what="the next core")
         os.kill(shell, signal.SIGCONT)
         wait_until(lambda: told(server).get("endpoint") or server.process.poll() is not None, what="the next shell")
         assert server.process.poll() is None, server.logs()
-        assert server.stop() == 0
-    finally:
-        server.abandon()
+
+
+def test_a_shell_that_ends_before_it_was_there_while_the_server_ends(state_dir: Path, run_dir: Path) -> None:
+    """It is not what the end is about: the core goes on ending its agents, and the exit code is 0."""
+    with with_a_late_shell(state_dir, run_dir) as (server, shell):
+        core = server.pids()["core"]
+        os.kill(core, signal.SIGSTOP)
+        server.process.terminate()
+        wait_until(lambda: "ending the server" in server.errors.read_text(), what="the keeper to hear")
+        os.kill(shell, signal.SIGKILL)
+        wait_until(lambda: process_state(shell) == "", what="the keeper to see it")
+        os.kill(core, signal.SIGCONT)
 
 
 def test_the_look_at_new_code_is_nobodys_stray(interrupted: Interrupted) -> None:

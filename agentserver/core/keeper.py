@@ -414,7 +414,7 @@ class Keeper:
                 part.yielded = True
                 self._hand_over(self._next)
             return None
-        if part is self._shell and code == 0 and (ready or part.leaving) and not self._stopping:
+        if part is self._shell and (self._stopping or (code == 0 and (ready or part.leaving))):
             return None
         if done or (part is self._core and self._last_core):
             return int(code != 0)
@@ -428,8 +428,7 @@ class Keeper:
         why = part.failed or f"the {part.name} ended {how}; see {part.name}.log"
         if not self._serves:
             raise StartError(why)
-        if not (self._stopping and part is not self._core):
-            self._say(f"{why}; starting it again")
+        self._say(f"{why}; starting it again")
 
     def _end_parts(self) -> None:
         """Let the parts that still run leave, core first; kill what does not."""
