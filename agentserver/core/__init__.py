@@ -13,6 +13,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     lock        one process per job and state directory
     channel     the line between keeper and child; carries descriptors
     reactor     the loop: descriptors, deadlines, signals
+    scheduler   large work in small steps, the loop's time shared fairly
     counters    numbers that outlive us
     terminal    a pseudo-terminal: its two sides, its size, the relay that outlives us
     process     start, signal and reap one child

@@ -4,8 +4,9 @@ Owns:    the selector, the timers, the signal wake-up descriptor.
 Runs in: the main thread of the core (`signal.set_wakeup_fd` works nowhere else).
 Unaware: of what is watched and what a deadline is for.
 
-Each turn: requests and signals first, then deadlines, then bulk (output of agents) for a bounded
-time, then `end_of_turn`. So a flood of output delays a request by at most one slice of bulk.
+Each turn: requests and signals first, then deadlines, then what was asked for with `soon` (a slice of
+large work: scheduler.py), then bulk (output of agents) for a bounded time, then `end_of_turn`. So a
+flood of output delays a request by at most one slice of bulk.
 """
 from __future__ import annotations
 
@@ -55,6 +56,7 @@ class Reactor:
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = 0
+        self._soon: list[Callable[[], None]] = []
         self._bulk: dict[int, Watch] = {}
         self._stopped = False
         self._signals: dict[int, Callable[[], None]] = {}
@@ -119,6 +121,19 @@ class Reactor:
                 except Exception:
                     self.say("a deadline failed and is dropped: " + traceback.format_exc())
 
+    def soon(self, call: Callable[[], None]) -> None:
+        """Call `call()` once in this turn, or in the next one if this turn has come further; the loop does not sleep
+        before that."""
+        self._soon.append(call)
+
+    def _run_soon(self) -> None:
+        calls, self._soon = self._soon, []
+        for call in calls:
+            try:
+                call()
+            except Exception:
+                self.say("a call that was due in this turn failed and is dropped: " + traceback.format_exc())
+
     # ------------------------------------------------------------ signals
 
     def on_signal(self, number: int, call: Callable[[], None]) -> None:
@@ -146,7 +161,7 @@ class Reactor:
 
     def turn(self, wait: bool = True) -> None:
         """Do what is ready, after waiting for it until the next deadline."""
-        timeout = 0.0 if self._bulk or not wait else self._until_next()
+        timeout = 0.0 if self._bulk or self._soon or not wait else self._until_next()
         for key, mask in self._selector.select(timeout):
             watch: Watch = key.data
             if watch.bulk:
@@ -155,6 +170,8 @@ class Reactor:
                 self._call(watch, mask)
         if self._timers:
             self._run_timers()
+        if self._soon:
+            self._run_soon()
         if self._bulk:
             self._run_bulk()
         self.end_of_turn()

@@ -37,12 +37,14 @@ from .pushing import Pushing
 from .queries import Queries
 from .reactor import READ, WRITE, Reactor
 from .registry import Ask, Registry, check_registry
+from .scheduler import Scheduler
 from .supervisor import SERVER, Supervisor
 from .takeover import End, Inheritance, Keeper, inherit
 from .witness import Witness
 
 CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
 LINGER_SECS = 1.0  # at most, for clients that listen, after the last agent has ended
+FINISH_SECS = 5.0  # at most, for tasks that are under way when we yield to a successor or end
 YIELDED = 3     # exit code of a core that left its work to a successor
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time; or `events_secs`, if that is less
 
@@ -58,6 +60,7 @@ class Service:
         process.raise_descriptor_limit()
         process.reserve()
         self.reactor = Reactor()
+        self.scheduler = Scheduler(self.reactor)
         self.registry = Registry("registry.db", say, config.events_kept, config.events_secs, config.requests_kept)
         self.counters = Counters("counters.bin", started["started_at"])
         self._config = self._named(config)
@@ -68,7 +71,7 @@ class Service:
         self._last_words = LastWords("ends.jsonl")
         self._witness = Witness(os.path.join(config.state_dir, "spawning"))
         family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
-        self.supervisor = Supervisor(self._config, self.reactor, self.registry, feed, self._pushing,
+        self.supervisor = Supervisor(self._config, self.reactor, self.scheduler, self.registry, feed, self._pushing,
                                      self.counters, os.environ, started["nofile"], family, self._last_words,
                                      self._witness, self._keeper, say)
         self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper)
@@ -141,6 +144,7 @@ class Service:
     def run(self) -> None:
         """Serve until the server's own end, then close everything."""
         self.reactor.run()
+        self.scheduler.finish(FINISH_SECS)
         self._queries.close(None if self.yielded else RequestError("the server is shutting down", "shutting_down"))
         for connection in list(self._connections):
             connection.send_now()

@@ -29,6 +29,7 @@ from .pushing import Pushing
 from .reactor import Reactor
 from .registry import Ask, Registry
 from .run import Run
+from .scheduler import Scheduler
 from .standstill import Standstill
 from .starting import Starting
 from .stdin import Stdin
@@ -43,10 +44,11 @@ KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its wor
 class Supervisor:
     """See the module. Everything it needs from outside is an argument."""
 
-    def __init__(self, config: ServerConfig, reactor: Reactor, registry: Registry, feed: Feed, pushing: Pushing,
-                 counters: Counters, environ: Mapping[str, str], nofile: int, family: Family, last_words: LastWords,
-                 witness: Witness, keeper: Keeper, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ServerConfig, reactor: Reactor, scheduler: Scheduler, registry: Registry, feed: Feed,
+                 pushing: Pushing, counters: Counters, environ: Mapping[str, str], nofile: int, family: Family,
+                 last_words: LastWords, witness: Witness, keeper: Keeper, say: Callable[[str], None]) -> None:
         self.config, self.reactor, self.registry, self.counters = config, reactor, registry, counters
+        self.scheduler = scheduler
         self.feed, self.pushing = feed, pushing
         self.stdin_limit = config.stdin_buffer_bytes
         self.agents: dict[str, Agent] = {}
