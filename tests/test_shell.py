@@ -30,6 +30,7 @@ from agentserver.errors import LinkError, StartError  # noqa: E402
 from agentserver.shell import endpoints, listening  # noqa: E402
 from agentserver.shell.link import ZmqLink  # noqa: E402
 from agentserver.shell.monitor import Topics  # noqa: E402
+from agentserver.shell.zap import Zap  # noqa: E402
 from agentserver.wire import encode  # noqa: E402
 
 ANY_PORT = "tcp://127.0.0.1:0"
@@ -218,9 +219,11 @@ def test_a_served_directory_and_a_used_port_are_clear_errors(served: Served, sta
 @pytest.fixture
 def rep() -> Iterator[Any]:
     context = zmq.Context()
+    door = Zap(context)
     sock = endpoints.rep_socket(context)
     yield sock
     sock.close()
+    door.close()
     context.term()
 
 

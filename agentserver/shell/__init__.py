@@ -3,6 +3,7 @@
 Owns:    this map. Read in this order; each file uses only those above it:
 
     endpoints   socket options, whether anybody is there, refusals of our own
+    zap         who may come in: the thread that libzmq asks before each handshake
     listening   the listening sockets: bound, and handed on to the next shell
     link        the ZeroMQ end for clients
     alink       the same for asynchronous clients

@@ -20,6 +20,8 @@ QUEUED_EVENTS = 1000       # for a subscriber at its own end; beyond it messages
 _QUEUED_REPLIES = 100      # per peer; a REQ peer has one outstanding
 _SUBSCRIPTION_BYTES = 1024  # at most; who sends a longer one is cut off by libzmq
 _UNREAD_MS = 60_000        # a subscriber of any kind that takes nothing for so long is let go of
+_HANDSHAKE_MS = 5_000      # a peer that has not finished its handshake after so long is cut off by libzmq
+_ZAP_DOMAIN = b"agentserver"
 
 
 # ---------------------------------------------------------------- sockets
@@ -33,15 +35,25 @@ def _socket(context: zmq.Context[Any], kind: int, queued: int, largest: int) -> 
     return sock
 
 
+def _listening_socket(context: zmq.Context[Any], kind: int, queued: int, largest: int) -> zmq.Socket[Any]:
+    """Return a socket that may listen: only for peers of ZMTP 3, each of whom libzmq asks about (zap.py)."""
+    sock = _socket(context, kind, queued, largest)
+    sock.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+    if zmq.zmq_version_info() >= (4, 3):  # before, a domain alone made libzmq ask
+        sock.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    sock.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+    return sock
+
+
 def rep_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     """Return the server's request socket; libzmq cuts off a peer that sends more than `MAX_WIRE`."""
-    return _socket(context, zmq.REP, _QUEUED_REPLIES, MAX_WIRE)
+    return _listening_socket(context, zmq.REP, _QUEUED_REPLIES, MAX_WIRE)
 
 
 def xpub_socket(context: zmq.Context[Any], queued: int) -> zmq.Socket[Any]:
     """Return the server's publishing socket, which keeps at most `queued` messages for each subscriber and drops
     what is more. It tells every join, so that each can be answered."""
-    sock = _socket(context, zmq.XPUB, queued, _SUBSCRIPTION_BYTES)
+    sock = _listening_socket(context, zmq.XPUB, queued, _SUBSCRIPTION_BYTES)
     sock.setsockopt(zmq.RCVHWM, 1)  # or libzmq takes subscriptions as long as they come, and lets us do nothing else
     sock.setsockopt(zmq.XPUB_VERBOSE, 1)
     sock.setsockopt(zmq.TCP_KEEPALIVE, 1)

@@ -25,6 +25,7 @@ from .endpoints import rep_socket
 from .listening import Bound, bind
 from .loop import Owner, RepLoop
 from .monitor import Monitor
+from .zap import Zap
 
 if TYPE_CHECKING:
     from ..config import ServerConfig
@@ -188,7 +189,8 @@ class Stopper:
 
 
 class Front:
-    """The sockets of one serving shell: REP, XPUB with its monitor thread, and the link to the core."""
+    """The sockets of one serving shell: REP, XPUB with its monitor thread, who is asked about peers, the link to the
+    core."""
 
     def __init__(self, config: ServerConfig, state_dir: str, keeper_pid: int = 0) -> None:
         """`keeper_pid`: who started this process, if a keeper did."""
@@ -196,6 +198,7 @@ class Front:
         self._hello: Json = {"pid": os.getpid(), "keeper_pid": keeper_pid}
         self._core = socket_path(state_dir)
         self._context: zmq.Context[Any] = zmq.Context()
+        self._zap = Zap(self._context)
         self._rep = rep_socket(self._context)
         self.bound: List[Bound] = []   # for requests and, if there is publishing, for that
         self._monitor: Optional[Monitor] = None
@@ -231,6 +234,7 @@ class Front:
         self._rep.close(linger=_LAST_REPLY_MS)
         if self._link is not None:
             self._link.close()
+        self._zap.close()
         self._context.term()
         if self.bound and not followed:
             self.bound[0].release()
