@@ -44,6 +44,7 @@ class ExitRecord(Result):
     duration: float = 0.0
     rusage: Json = field(default_factory=dict)
     leaked: List[Json] = field(default_factory=list)
+    survivors: List[Json] = field(default_factory=list)
 
     @property
     def returncode(self) -> int:
@@ -89,6 +90,7 @@ class AgentInfo(Result):
     pty: Optional[Dict[str, int]] = None
     activity: Optional[Json] = None
     output: Dict[str, StreamRange] = field(default_factory=dict)
+    not_permitted: List[Json] = field(default_factory=list)
 
     @classmethod
     def _convert(cls, values: Json) -> Json:

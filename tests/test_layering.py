@@ -45,7 +45,7 @@ ACROSS = {
     "client": ("core.link", "core.alink", "core.ssh", "core.lifecycle", "shell.link", "shell.alink"),
     # `serve` becomes a keeper, `stdio` a relay, and `doctor` looks at what one would need; all else goes through the
     # client
-    "cli": ("client", "core.serving", "core.relay", "core.lifecycle", "core.process", "core.pidfd"),
+    "cli": ("client", "core.serving", "core.relay", "core.lifecycle", "core.process", "core.pidfd", "core.inherited"),
 }
 #: special modules of Python, and the only files (or folders) that may import them
 HOMES = {
@@ -54,7 +54,7 @@ HOMES = {
     "sqlite3": ("core.registry",),
     "argparse": ("cli",),
     "subprocess": ("core.process", "core.keeper"),
-    "resource": ("core.process", "cli.doctor"),
+    "resource": ("core.process", "core.inherited", "cli.doctor"),
     "fcntl": ("core.lock", "core.output", "core.query", "core.run", "core.stdin", "core.pidfd", "core.terminal"),
     "ctypes": ("core.tree", "cli.doctor"),
     "threading": ("shell", "cli"),

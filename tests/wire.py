@@ -310,12 +310,17 @@ def open_wire(address: str) -> Wire:
 # ---------------------------------------------------------------- facts about processes, from outside
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    return process_state(pid) not in ("", "Z", "X")
+    """Whether a process exists and something of it can run: the kernel calls it a zombie when its main thread has
+    ended, though other threads run."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    return any(process_state(f"{pid}/task/{thread}") not in ("", "Z", "X") for thread in threads)
 
 
-def process_state(pid: int) -> str:
-    """Return the kernel's letter for the state of a process; empty when there is none."""
+def process_state(pid: object) -> str:
+    """Return the kernel's letter for the state of a process, or a thread; empty when there is none."""
     try:
         with open(f"/proc/{pid}/stat") as f:
             return f.read().rpartition(")")[2].split()[0]

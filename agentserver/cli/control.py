@@ -128,11 +128,11 @@ def _done(result: Json, given: Namespace) -> str:
     if "agent_info" in result:
         return agents.status(AgentInfo.of(result["agent_info"]))
     data = result.get("data") or {}
-    if given.subcommand == "restart":
-        return f"restarting, attempt {data.get('attempt', '?')}"
-    if given.subcommand == "signal":
-        return f"sent {data.get('signal_sent') or given.signal}"
-    return _DONE[given.subcommand]
+    done = {"restart": f"restarting, attempt {data.get('attempt', '?')}",
+            "signal": f"sent {data.get('signal_sent') or given.signal}"}.get(given.subcommand)
+    denied = data.get("not_permitted")
+    return (done or _DONE[given.subcommand]) + (
+        f", but not to {', '.join(map(str, denied))}: the server is not permitted to signal that" if denied else "")
 
 
 def _exit_code(results: list[Json]) -> int:

@@ -55,7 +55,7 @@ def _all(given: Namespace) -> list[Finding]:
     directory = settings.state_dir
     server, keeper = reachable(given)
     return [*findings, state_dir(directory), file_system(directory), socket_length(directory), descriptors(settings),
-            proc(), subreaper(), splice(), sendfile(), pidfd(), exit_codes(),
+            proc(), subreaper(), tags(), splice(), sendfile(), pidfd(), exit_codes(),
             *supervised.checks(keeper, settings.max_agents), server]
 
 
@@ -175,6 +175,15 @@ def subreaper() -> Finding:
     except (ImportError, OSError, AttributeError):
         good = False
     return _judge("subreaper", good, "there", "not there", cost, "needs Linux, and a Python with ctypes")
+
+
+def tags() -> Finding:
+    """Check that agents can be given a limit by which their daemons are known (RLIMIT_RTTIME, getrlimit(2))."""
+    from ..core import inherited
+    return _judge("tags", inherited.tags_work(), "there", "the hard limit of RLIMIT_RTTIME is lower, or not there",
+                  "a daemon that clears its environment and closes all its descriptors may outlive its agent, as long "
+                  "as an older agent lives",
+                  "needs Linux; lift the limit (ulimit -HR unlimited, LimitRTTIME=infinity in a service)")
 
 
 def splice() -> Finding:

@@ -34,6 +34,8 @@ def _ended(info: AgentInfo, record: ExitRecord, now: float) -> list[str]:
         told.append(_use(record))
     if record.leaked:
         told.append(_leaked(record))
+    if record.survivors:
+        told.append(_survivors(record))
     if info.attempt > 1:
         told.append(f"This was attempt {info.attempt}.")
     return [sentence for sentence in told if sentence]
@@ -139,12 +141,27 @@ def _leaked(record: ExitRecord) -> str:
             f"{was} ended too: {named}.")
 
 
+_WHY_ALIVE = {"not_permitted": "the server is not permitted to signal it: it runs as another user",
+              "unkillable": "it did not end by SIGKILL: perhaps it waits for a disk, which state D in `ps` tells",
+              "left_alone": "the setting orphans = leave says so"}
+
+
+def _survivors(record: ExitRecord) -> str:
+    named = "; ".join(f"{item.get('pid')} {item.get('command') or ''}".strip()
+                      + f" ({_WHY_ALIVE.get(str(item.get('why')), 'nobody knows why')})"
+                      for item in record.survivors)
+    was = "was" if len(record.survivors) == 1 else "were"
+    return f"{plural(len(record.survivors), 'process').capitalize()} that it had started {was} not ended: {named}."
+
+
 # ---------------------------------------------------------------- the present
 
 def _present(info: AgentInfo, now: float) -> list[str]:
     told = [_doing(info, now)]
     if info.want == "down" and not info.finished:
         told.append("It has been asked to end and has not ended yet.")
+    if info.not_permitted:
+        told.append(_not_permitted(info))
     if info.want == "restart" and not info.finished:
         told.append("It is to be started again as soon as it has ended.")
     if info.attempt > 1:
@@ -153,6 +170,12 @@ def _present(info: AgentInfo, now: float) -> list[str]:
         told.append(f"The attempt before: {cause(info.exit)}")
     told += _output(info)
     return told
+
+
+def _not_permitted(info: AgentInfo) -> str:
+    named = ", ".join(f"{one.get('pid')} ({one.get('command') or 'unknown'})" for one in info.not_permitted)
+    return (f"{info.not_permitted[0].get('signal')} could not be sent to {named}: the server is not permitted to "
+            "signal what runs as another user. End it as that user, or as root.")
 
 
 def _doing(info: AgentInfo, now: float) -> str:

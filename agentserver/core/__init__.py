@@ -15,6 +15,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     reactor     the loop: descriptors, deadlines, signals
     scheduler   large work in small steps, the loop's time shared fairly
     counters    numbers that outlive us
+    inherited   what an agent inherits: limits, umask, the tag of its descendants
     terminal    a pseudo-terminal: its two sides, its size, the relay that outlives us
     process     start, signal and reap one child
     literals    words without which a pattern cannot match        pure

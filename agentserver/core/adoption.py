@@ -15,7 +15,7 @@ import time
 from ..errors import RequestError
 from . import lifecycle, pidfd, process, tree
 from .agent import Agent, new_record
-from .ending import exit_record
+from .ending import LEFT_ALONE, UNKILLABLE, exit_record
 from .family import Family
 from .reactor import READ, Reactor
 from .registry import Registry
@@ -92,7 +92,7 @@ class Adoption:
         fresh = agent.status == lifecycle.INITIALIZING
         agent.pid, agent.start, agent.adopted = found.pid, found.start, True
         agent.started_at = agent.started_at or time.time()
-        agent.began = agent.began or self._reactor.clock()
+        agent.began = agent.began or self._since(found.start)
         self._supervisor.attend(agent, found.ends, found.stdin_file)
         if fresh:
             self._supervisor.started(agent)
@@ -106,6 +106,11 @@ class Adoption:
             self._reactor.after(0, lambda: ending.departed(found.pid, 0, ended))
         elif not found.seen and found.pidfd < 0:
             self._reactor.after(UNSEEN_SECS, lambda: self._never_seen(agent))
+
+    def _since(self, start: int | None) -> float:
+        """Return when a process was started, by our clock, where the core that started it could not write that down."""
+        age = max(0.0, tree.ticks_now() - start) / tree.TICKS if start else 0.0
+        return self._reactor.clock() - age
 
     def _take_output(self, agent: Agent, found: Found) -> None:
         """Record what waits in pipes or terminal, of an agent of which nothing else is left."""
@@ -135,14 +140,18 @@ class Adoption:
     def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
         """End what is left of an agent that nothing was held of, and record it. Its output so far is kept."""
         kill = self._supervisor.config.orphans == "kill"
-        leaked = [{"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left if proc.pid != agent.pid]
-        if kill:
-            tree.end(left)
+        named = {proc.pid: {"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left}
+        living = {proc.pid for proc in (tree.end(left) if kill else tree.living(left))}
+        why = UNKILLABLE if kill else LEFT_ALONE
+        leaked = [named[pid] for pid in named if pid not in living and pid != agent.pid]
+        survivors = [{**named[pid], "why": why} for pid in named if pid in living]
         agent.want = "down"
         duration = time.time() - (agent.started_at or agent.created_at)
-        self._supervisor.on_end(agent, lifecycle.LOST, exit_record("lost", "server", duration, None, leaked),
+        self._supervisor.on_end(agent, lifecycle.LOST,
+                                exit_record("lost", "server", duration, None, leaked, survivors),
                                 "the server died together with what it held of the agent; what was left of it was "
-                                + ("ended" if kill else "left alone"))
+                                + ("ended" if kill and not living else "left alone" if not kill else
+                                   "to be ended, and could not be"))
 
     # ------------------------------------------------------------ leaders that are nobody's child of ours
 
@@ -202,7 +211,7 @@ class Adoption:
         if agent.run is not run or run.ended is not None or agent.pid is None:
             return
         proc = tree.look(agent.pid)
-        if proc is None or proc.start != agent.start or proc.state == "Z":
+        if proc is None or proc.start != agent.start or not proc.lives:
             self._supervisor.ending.departed(agent.pid, agent.start or 0, UNKNOWN)
         else:
             self._reactor.after(LOOK_SECS, lambda: self._look_again(agent, run))

@@ -20,7 +20,7 @@ _TIME = (*_NUMBER, _NONE)
 #: fields of a record as they are stored, and of which types; anything else in a stored record is kept in `unknown`
 STORED: dict[str, Any] = {
     "name": str, "model_backend": str, "task": str, "command": list, "cwd": str, "stdin": str, "pty": (dict, _NONE),
-    "finish": str,
+    "finish": str, "tag": int, "not_permitted": list,
     "grace_secs": _NUMBER, "runtime_secs": _TIME, "labels": dict, "metadata": dict, "status": str, "want": str,
     "attempt": int, "pid": (int, _NONE), "start": (int, _NONE), "boot": str, "created_at": _NUMBER,
     "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
@@ -51,12 +51,14 @@ class Agent:
     pid: int | None
     start: int | None    # with `boot` and `pid` the identity of the leader
     boot: str
+    tag: int             # what its descendants are known by (inherited.py), 0 if by nothing
     created_at: float
     started_at: float | None
     finished_at: float | None
     paused_at: float | None
     pause_mode: str | None
     still: dict[str, int]     # who of its tree was stopped before it was paused, pid and start: see standstill.py
+    not_permitted: list[Json]  # who of its tree the server tried to signal and may not: pid, command, signal
     exit: Json | None
     began: float              # monotonic seconds at which the attempt started; holds within one boot
     ending: Json | None       # why and how far the attempt is being ended: reason, by, rung, at (monotonic), grace_secs
@@ -98,6 +100,13 @@ class Agent:
         self.changed()
         return before
 
+    def forget_attempt(self) -> None:
+        """Keep nothing of the attempt before, when another one is to begin. A core that dies before the new attempt's
+        pid is on disk leaves this record to the next core."""
+        self.started_at = self.pid = self.start = self.ending = self.exit = self.finished_at = None
+        self.began, self.signalled, self.still, self.stdin_closing = 0.0, {}, {}, False
+        self.not_permitted = []
+
     @property
     def alive(self) -> bool:
         """Whether a process of it exists."""
@@ -122,7 +131,8 @@ class Agent:
             "pause_mode": self.pause_mode, "attach_info": self._attach_info(), "want": self.want, "pid": self.pid,
             "attempt": self.attempt, "created_at": _stamp(self.created_at), "finished_at": _stamp(self.finished_at),
             "exit": self.exit, "labels": self.labels, "metadata": self.metadata, "command": self.command,
-            "cwd": self.cwd, "stdin": self.stdin, "pty": self.pty, "activity": None, "output": self.kept()}
+            "cwd": self.cwd, "stdin": self.stdin, "pty": self.pty, "activity": None, "output": self.kept(),
+            "not_permitted": self.not_permitted}
 
     def _attach_info(self) -> Json | None:
         """What a person can do to see its terminal, while there is one."""
@@ -156,6 +166,6 @@ def new_record(**known: Any) -> Json:
     """Return the record of an agent that was just asked for."""
     record: Json = {key: None for key in STORED}
     record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", "began": 0.0,
-                   "still": {}, "signalled": {}, "stdin_file": 0, "stdin_end": 0, "stdin_closing": False, "told": {},
-                   **known})
+                   "tag": 0, "not_permitted": [], "still": {}, "signalled": {}, "stdin_file": 0, "stdin_end": 0,
+                   "stdin_closing": False, "told": {}, **known})
     return record

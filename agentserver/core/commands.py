@@ -74,12 +74,12 @@ class Commands:
     def _stop(self, agent: Agent, payload: m.StopPayload, ask: Ask) -> Json:
         if agent.id not in ask.begun:
             self._supervisor.stop(agent, ask, payload.grace_secs)
-        return {"stopping": True}
+        return {"stopping": True, **_denied(agent)}
 
     def _kill(self, agent: Agent, payload: m.NoPayload, ask: Ask) -> Json:
         if agent.id not in ask.begun:
             self._supervisor.kill(agent, ask)
-        return {"killing": True}
+        return {"killing": True, **_denied(agent)}
 
     def _restart(self, agent: Agent, payload: m.StopPayload, ask: Ask) -> Json:
         if agent.id not in ask.begun:
@@ -92,7 +92,7 @@ class Commands:
             raise RequestError("the server's core died while it sent the signal, and whether it was sent is not known; "
                                "if it has to be sent, ask with a new request_id", "unavailable")
         self._supervisor.signal(agent, number, ask)
-        return {"signal_sent": process.signal_name(number)}
+        return {"signal_sent": process.signal_name(number), **_denied(agent)}
 
     def _resize(self, agent: Agent, payload: m.TerminalSize, ask: Ask) -> Json:
         self._supervisor.resize(agent, payload.rows, payload.cols)
@@ -206,6 +206,11 @@ class Commands:
         at = self._standing(agent, stream)
         over = at == agent.output.span(stream)[1] and (agent.run is None or not agent.run.is_open(stream))
         self._supervisor.feed.output(agent.id, stream, b"", at, over, only=subscriber)
+
+
+def _denied(agent: Agent) -> Json:
+    """Return what is told beside the data of a signal of which not all of a tree could have it."""
+    return {"not_permitted": [one["pid"] for one in agent.not_permitted]} if agent.not_permitted else {}
 
 
 def _process(pid: int) -> Json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 
 from ..errors import RequestError
 from ..wire import Json, rfc3339
@@ -27,17 +27,21 @@ from .tree import Proc
 AGAIN_SECS = 1.0  # SIGKILL is repeated at this pace while something of a tree is left (D state, fork races)
 LEAKED_MOST = 1000  # of a tree that are named in an exit record
 LEFTOVER_SECS = 5.0  # the end is recorded after this time though something unkillable is left
+#: why something outlived its agent: it is another user's; it does not end (state D); the setting `orphans` says so
+NOT_PERMITTED, UNKILLABLE, LEFT_ALONE = "not_permitted", "unkillable", "left_alone"
 
 
 class Ending:
     """See the module. `ended(agent, given, record)` gets the input for the table and the exit record;
-    `save(agent)` puts what was decided on disk, so that a new core goes on with the ladder where a dead one stood."""
+    `save(agent)` puts what was decided on disk, so that a new core goes on with the ladder where a dead one stood;
+    `denied(agent, number, pids)` hears each time who may not be signalled."""
 
     def __init__(self, reactor: Reactor, family: Family, last_words: LastWords, drain_secs: float, finish_secs: float,
                  ended: Callable[[Agent, str, Json], None], save: Callable[[Agent], None],
+                 denied: Callable[[Agent, int, list[int]], None],
                  say: Callable[[str], None]) -> None:
         self._reactor, self._family, self._last_words = reactor, family, last_words
-        self._ended, self._save, self._say = ended, save, say
+        self._ended, self._save, self._denied, self._say = ended, save, denied, say
         self._drain_secs, self._finish_secs = drain_secs, finish_secs
         self._parting: dict[str, Agent] = {}  # leader gone, others of the tree not yet
 
@@ -94,7 +98,7 @@ class Ending:
     def terminate(self, agent: Agent) -> None:
         """SIGTERM to the tree, at a terminal SIGHUP to whom that does not reach, and SIGKILL after the grace."""
         assert agent.ending is not None
-        self._family.signal(agent, SIGTERM)
+        self._denied(agent, SIGTERM, self._family.signal(agent, SIGTERM))
         if agent.stdin == "pty":
             self._family.hang_up(agent)
         self._family.signal(agent, SIGCONT)  # a stopped process acts on SIGTERM only when it goes on (signal(7))
@@ -109,7 +113,7 @@ class Ending:
         if agent.run is None or agent.run.ended is not None:
             return
         self.name(agent)
-        self._family.signal(agent, SIGKILL)
+        self._denied(agent, SIGKILL, self._family.signal(agent, SIGKILL))
         self._next(agent, "kill", AGAIN_SECS)
 
     def name(self, agent: Agent) -> None:
@@ -177,9 +181,7 @@ class Ending:
         """Kill what is left of a tree; record the end when nothing is."""
         run = agent.run
         assert run is not None
-        left = []
-        if self._family.orphans():
-            left = self._family.members([agent])[agent.id] + self._family.strays(agent)
+        left = self._left(agent)
         if not left:
             self._finish(agent)
             return
@@ -190,8 +192,25 @@ class Ending:
             run.limit.cancel()
         run.limit = self._reactor.after(AGAIN_SECS / 10, self.reap)  # for those that are not our children yet
 
+    def _left(self, agent: Agent) -> list[Proc]:
+        """Return what lives of a tree whose leader is gone."""
+        if not self._family.orphans():
+            return []
+        return self._family.members([agent])[agent.id] + self._family.strays(agent)
+
     def _give_up(self, agent: Agent) -> None:
-        self._say(f"{agent.label()} has ended, but of its tree something cannot be killed; going on without")
+        """Record the end of an agent though something of its tree lives on, and who that is."""
+        run = agent.run
+        assert run is not None
+        self._family.stale()
+        left = self._left(agent)
+        for proc in left:
+            command = run.leaked.pop(proc.pid, "") or tree.command_of(proc.pid)
+            why = NOT_PERMITTED if tree.send(proc, SIGKILL) == tree.NOT_PERMITTED else UNKILLABLE
+            run.survivors.append({"pid": proc.pid, "command": command, "why": why})
+        self._family.give_up(left)
+        named = ", ".join(f"{one['pid']} ({one['command']}, {one['why']})" for one in run.survivors[:5])
+        self._say(f"{agent.label()} has ended, but of its tree something cannot be ended; going on without: {named}")
         self._finish(agent)
 
     def _finish(self, agent: Agent) -> None:
@@ -232,10 +251,11 @@ def verdict(agent: Agent, run: Run, clock: float) -> tuple[str, Json]:
     elif ended.code is None and ended.signal is None:  # it ended while nobody who could know was there
         given, reason = lifecycle.LOST, "lost"
     return given, exit_record(reason, by, max(0.0, clock - agent.began), ended,
-                              [{"pid": pid, "command": command} for pid, command in run.leaked.items()])
+                              [{"pid": pid, "command": command} for pid, command in run.leaked.items()], run.survivors)
 
 
-def exit_record(reason: str, by: str | None, duration: float, ended: Ended | None, leaked: list[Json]) -> Json:
+def exit_record(reason: str, by: str | None, duration: float, ended: Ended | None, leaked: Sequence[Json] = (),
+                survivors: Sequence[Json] = (), message: str = "") -> Json:
     """Return the exit record of the protocol; `ended` is None when nobody saw the end."""
     number = ended.signal if ended else None
     most = ended.max_rss_bytes if ended else None
@@ -245,4 +265,5 @@ def exit_record(reason: str, by: str | None, duration: float, ended: Ended | Non
             "signal": process.signal_name(number) if number else None, "signal_number": number,
             "reason": reason, "by": by, "at": rfc3339(time.time()), "duration": round(duration, 6),
             "rusage": {"cpu_secs": ended.cpu_secs, "max_rss_bytes": most} if ended else {},
-            "leaked": leaked}
+            "leaked": list(leaked), "survivors": list(survivors[:LEAKED_MOST]),
+            **({"message": message} if message else {})}

@@ -5,9 +5,10 @@ Runs in: the core's thread.
 Unaware: of policy: it tells who is who, and signals whom it is told to.
 
 A descendant whose parent died becomes our child (see tree.py). Whose it was is told by the mark in
-its environment, else by its session, by a pipe or the terminal of the agent that it holds, or by an
-earlier sight of it. One that cleared its environment and was never seen belongs to nobody until every
-agent that could have started it has ended; the last of those takes it along.
+its environment, else by its session, by the tag in its limits (inherited.py), by a pipe or the terminal
+of the agent that it holds, or by an earlier sight of it. One that has cleared and changed all of this and
+was never seen belongs to nobody until every agent that could have started it has ended; the last of those
+takes it along.
 """
 from __future__ import annotations
 
@@ -31,6 +32,8 @@ class Family:
         self.helpers: dict[int, Callable[[Ended], None]] = {}
         self._sessions: dict[int, Agent] = {}  # the leaders, and those reaped whose tree is not gone yet
         self._known: set[str] = set()          # ids of all these
+        self._tags: dict[int, str] = {}        # their ids by the tag of their descendants
+        self._given_up: set[tuple[int, int]] = set()  # who outlived its agent, as it could not be ended: pid and start
         self.sees = bool(tree.look(os.getpid()))  # is there a /proc?
         self._subreaper, self._keeper, self._parts = subreaper, keeper, parts
         self._fosters: set[int] = set()  # who became the parent of a leader: init, where a keeper died
@@ -46,6 +49,8 @@ class Family:
         assert agent.pid is not None
         self.leaders[agent.pid] = self._sessions[agent.pid] = agent
         self._known.add(agent.id)
+        if agent.tag:
+            self._tags[agent.tag] = agent.id
         if agent.adopted:
             self._adopted.add(agent.id)
 
@@ -62,7 +67,12 @@ class Family:
         assert agent.pid is not None
         self._sessions.pop(agent.pid, None)
         self._known.discard(agent.id)
+        self._tags.pop(agent.tag, None)
         self._adopted.discard(agent.id)
+
+    def give_up(self, procs: Iterable[Proc]) -> None:
+        """These cannot be ended: no other agent is to answer for them."""
+        self._given_up.update((proc.pid, proc.start) for proc in procs)
 
     def foster(self, pid: int) -> None:
         """A process that is not the server's became the parent of a leader, and will be that of its orphans."""
@@ -89,6 +99,7 @@ class Family:
         self._fresh = True
         seen = {(proc.pid, proc.start) for proc in self._table.values()}
         self._owners = {key: owner for key, owner in self._owners.items() if key in seen}
+        self._given_up &= seen
 
     def members(self, agents: Iterable[Agent]) -> dict[str, list[Proc]]:
         """Return the living descendants of each agent, without its leader, parents first; one scan a turn."""
@@ -103,7 +114,7 @@ class Family:
             roots: list[Proc | int] = list(orphans.get(agent.id, ()))
             if agent.pid in self.leaders:
                 roots.append(agent.pid)
-            found[agent.id] = [p for p in tree.below(by_parent, roots, self.leaders.__contains__) if p.state != "Z"]
+            found[agent.id] = [p for p in tree.below(by_parent, roots, self.leaders.__contains__) if p.lives]
             for proc in found[agent.id]:
                 self._owners[proc.pid, proc.start] = agent.id
         return found
@@ -130,6 +141,8 @@ class Family:
             owner = tree.mark_of(proc.pid)
         if owner not in self._known and proc.session in self._sessions:
             owner = self._sessions[proc.session].id
+        if owner not in self._known and self._tags:
+            owner = self._tags.get(tree.tag_of(proc.pid), "")
         if owner not in self._known:
             owner = self._by_what_it_holds(tree.held_by(proc.pid))
         if owner not in self._known:
@@ -156,7 +169,7 @@ class Family:
         """Return orphans that nothing places, and that no living agent could have started: `ended` has to answer."""
         oldest = min((a.start or 0 for a in self.leaders.values()), default=None)
         return [proc for proc in self._orphans(tree.children_of(self._table))
-                if proc.state != "Z" and not self._owner(proc)
+                if proc.lives and (proc.pid, proc.start) not in self._given_up and not self._owner(proc)
                 and proc.start >= (ended.start or 0) and (oldest is None or proc.start < oldest)]
 
     def everyone(self) -> list[Proc]:
@@ -164,7 +177,7 @@ class Family:
         self._look()
         by_parent = tree.children_of(self._table)
         roots: list[Proc | int] = [*self._orphans(by_parent), *self.leaders]
-        return [proc for proc in tree.below(by_parent, roots) if proc.state != "Z"]
+        return [proc for proc in tree.below(by_parent, roots) if proc.lives]
 
     # ------------------------------------------------------------ signalling
 
@@ -174,37 +187,45 @@ class Family:
         here = [leader] if leader is not None and agent.start in (leader.start, None) else []
         return here + self.members([agent])[agent.id]
 
-    def signal(self, agent: Agent, number: int) -> None:
-        """Signal the leader and all that descends from it, parents first unless they are to go on."""
+    def may_signal(self, agent: Agent) -> bool:
+        """Whether the leader is one that we may signal: it is not if it became another user (kill(2): EPERM)."""
+        return agent.pid not in self.leaders or self._signal_leader(agent, 0)
+
+    def signal(self, agent: Agent, number: int) -> list[int]:
+        """Signal the leader and all that descends from it, parents first unless they are to go on. Return the pids of
+        those that we may not signal."""
         if number == SIGCONT:
-            self.go_on(agent, {})
-        elif agent.pid in self.leaders:
-            self._signal_leader(agent, number)
-            for proc in self.members([agent])[agent.id]:
-                tree.send(proc, number)
+            return self.go_on(agent, {})
+        if agent.pid not in self.leaders:
+            return []
+        denied = [] if self._signal_leader(agent, number) else [agent.pid]
+        return denied + _send(self.members([agent])[agent.id], number)
 
-    def go_on(self, agent: Agent, but: Mapping[str, int]) -> None:
-        """SIGCONT to all `but` some, by pid and start. Children first: a shell that went on before its job would see it
-        stopped, and take the terminal from it."""
-        if agent.pid in self.leaders:
-            for proc in reversed(self.members([agent])[agent.id]):
-                if but.get(str(proc.pid)) != proc.start:
-                    tree.send(proc, SIGCONT)
-            self._signal_leader(agent, SIGCONT)
+    def go_on(self, agent: Agent, but: Mapping[str, int]) -> list[int]:
+        """SIGCONT to all `but` some, by pid and start; return as `signal`. Children first: a shell that went on before
+        its job would see it stopped, and take the terminal from it."""
+        if agent.pid not in self.leaders:
+            return []
+        denied = _send((proc for proc in reversed(self.members([agent])[agent.id])
+                        if but.get(str(proc.pid)) != proc.start), SIGCONT)
+        return denied if self._signal_leader(agent, SIGCONT) else [agent.pid, *denied]
 
-    def _signal_leader(self, agent: Agent, number: int) -> None:
+    def _signal_leader(self, agent: Agent, number: int) -> bool:
+        """Return whether we may."""
         assert agent.pid is not None
-        if agent.adopted:  # reaped by the keeper at any moment, so that only its identity is sure
-            leader = tree.look(agent.pid)
-            if leader is not None and leader.start == agent.start:
-                tree.send(leader, number)
-        else:
-            process.send(agent.pid, number)
         if not self.sees:
             process.send_group(agent.pid, number)
+        if not agent.adopted:  # not reaped yet, so that it is there
+            return process.send(agent.pid, number)
+        leader = tree.look(agent.pid)  # reaped by the keeper at any moment, so that only its identity is sure
+        ours = leader is not None and leader.start == agent.start
+        return leader is None or not ours or tree.send(leader, number) != tree.NOT_PERMITTED
 
     def hang_up(self, agent: Agent) -> None:
         """SIGHUP, as from a terminal that is gone, to those of a tree that ignore SIGTERM: shells at a terminal do."""
-        for proc in self.whole(agent):
-            if tree.ignores(proc.pid, SIGTERM):
-                tree.send(proc, SIGHUP)
+        _send((proc for proc in self.whole(agent) if tree.ignores(proc.pid, SIGTERM)), SIGHUP)
+
+
+def _send(procs: Iterable[Proc], number: int) -> list[int]:
+    """Signal some processes; return the pids of those that we may not signal."""
+    return [proc.pid for proc in procs if tree.send(proc, number) == tree.NOT_PERMITTED]

@@ -2,8 +2,8 @@
 
 Owns:    every call that starts, signals or reaps a process.
 Runs in: the core's thread; keeper and clients only start and reap processes of our own. `spawn` changes
-         the working directory and the descriptor limit for a moment, which is only safe because the core
-         has one thread.
+         the working directory and some limits (inherited.py) for a moment, which is only safe because
+         the core has one thread.
 Unaware: of agents, policy and what output means.
 
 `posix_spawn` (a vfork underneath) is used because it starts a child without a copy of us and
@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 
 from ..errors import RequestError
 from . import terminal
+from .inherited import Inherited, around_start
 
 T = TypeVar("T")
 #: three pipes, what waits for stdin, two segments, one index; or a terminal: the master twice, the slave, both ends of
@@ -154,7 +155,7 @@ def ends(stdin: str, size: Mapping[str, int] | None) -> Ends:
                            "spawn_failed") from None
 
 
-def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, ends: Ends, nofile: int,
+def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, ends: Ends, inherited: Inherited,
           first: tuple[Any, ...]) -> int:
     """Start `argv` in a session of its own, the child doing `first` before all else, and return its pid; raise
     `RequestError(spawn_failed)` with a sentence if it cannot be.
@@ -162,7 +163,7 @@ def spawn(argv: Sequence[str], environment: Mapping[str, str], cwd: str, ends: E
     The child's ends are closed in any case, ours stay open."""
     try:
         with nullcontext(_on_terminal(ends.tty)) if ends.tty else _low(ends.theirs) as actions:
-            return _in_directory(cwd, argv, environment, [first, *actions], nofile)
+            return _in_directory(cwd, argv, environment, [first, *actions], inherited)
     except OSError as e:
         raise RequestError(f"the agent could not be started: {os.strerror(e.errno or 0)}", "spawn_failed") from None
     finally:
@@ -227,7 +228,7 @@ def _low(theirs: Mapping[int, int]) -> Iterator[list[tuple[Any, ...]]]:
 
 
 def _in_directory(cwd: str, argv: Sequence[str], environment: Mapping[str, str],
-                  actions: list[tuple[Any, ...]], nofile: int) -> int:
+                  actions: list[tuple[Any, ...]], inherited: Inherited) -> int:
     home = os.open(".", os.O_RDONLY)
     try:
         try:
@@ -237,7 +238,9 @@ def _in_directory(cwd: str, argv: Sequence[str], environment: Mapping[str, str],
                                "give a cwd that exists on the server", "spawn_failed") from None
         program = _find(argv[0], environment)
         try:
-            return _with_limit(nofile, program, argv, environment, actions)
+            with around_start(inherited):
+                return os.posix_spawn(program, list(argv), environment, file_actions=actions, setsid=True,
+                                      setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
         except OSError as e:
             raise RequestError(_why_not(e, program, argv, environment), "spawn_failed") from None
         except UnicodeEncodeError as e:
@@ -246,20 +249,6 @@ def _in_directory(cwd: str, argv: Sequence[str], environment: Mapping[str, str],
     finally:
         os.fchdir(home)
         os.close(home)
-
-
-def _with_limit(nofile: int, program: str, argv: Sequence[str], environment: Mapping[str, str],
-                actions: list[tuple[Any, ...]]) -> int:
-    """Spawn while our own soft descriptor limit is the original one: a child inherits it at that moment."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != nofile:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, hard))
-    try:
-        return os.posix_spawn(program, list(argv), environment, file_actions=actions, setsid=True,
-                              setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
-    finally:
-        if soft != nofile:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _find(program: str, environment: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ import fcntl
 import os
 from typing import Callable, Mapping, Protocol
 
+from ..wire import Json
 from . import tree
 from .counters import Counters
 from .output import OutputLog
@@ -46,7 +47,7 @@ class Run:
     """See the module. `ends` are what `process.ends` made, or what a core before us has left of it."""
 
     __slots__ = ("_agent_id", "_desk", "_fds", "_losses", "_watches", "_wide",
-                 "ended", "leaked", "ladder", "limit", "output", "pidfd", "shared", "stdin", "terminal")
+                 "ended", "leaked", "ladder", "limit", "output", "pidfd", "shared", "stdin", "survivors", "terminal")
 
     def __init__(self, agent_id: str, ends: Mapping[str, int], terminal: Terminal | None, output: OutputLog,
                  stdin: Stdin, desk: Desk) -> None:
@@ -66,6 +67,7 @@ class Run:
         self.limit: Timer | None = None      # when limits.runtime_secs is reached
         self.ended: Ended | None = None      # set when the leader was reaped
         self.leaked: dict[int, str] = {}     # pid -> command of what had to be killed
+        self.survivors: list[Json] = []      # what could not be, and why: see ending.py
         self.pidfd: Watch | None = None      # where nobody of ours is the leader's parent
         if terminal is not None and terminal.waiting:  # left in the relay, which wakes nobody
             self._capture("stdout")

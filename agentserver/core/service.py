@@ -29,6 +29,7 @@ from .counters import NAMES, Counters
 from .facts import Facts
 from .family import Family
 from .feed import Feed
+from .inherited import Inherited
 from .lastwords import LastWords
 from .lock import held
 from .log import Log
@@ -51,9 +52,9 @@ TRIM_SECS = 600.0  # between two looks at what of the registry is past its time;
 
 class Service:
     """See the module. `started` is what the first keeper told: {config, started_at, generation, …}; `keeper` is who it
-    is now."""
+    is now; `umask` is what agents get."""
 
-    def __init__(self, started: Json, keeper: Keeper, say: Callable[[str], None]) -> None:
+    def __init__(self, started: Json, keeper: Keeper, umask: int, say: Callable[[str], None]) -> None:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
         self._say = say
@@ -72,8 +73,8 @@ class Service:
         self._witness = Witness(os.path.join(config.state_dir, "spawning"))
         family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
         self.supervisor = Supervisor(self._config, self.reactor, self.scheduler, self.registry, feed, self._pushing,
-                                     self.counters, os.environ, started["nofile"], family, self._last_words,
-                                     self._witness, self._keeper, say)
+                                     self.counters, os.environ, Inherited(started["nofile"], umask), family,
+                                     self._last_words, self._witness, self._keeper, say)
         self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper)
         self._queries = Queries(self.reactor, family.helpers, config)
         self.control = Control(self.supervisor, self._queries, self.facts, self._stats, self._on_shutdown,
@@ -372,6 +373,7 @@ def main(sock: socket.socket) -> int:
 
     As a successor it first only shows that it could serve, and waits until the core before it has let go. That one goes
     on when it fails, or when the keeper dies meanwhile."""
+    umask = os.umask(0o077)  # what we make is nobody else's business
     channel = Channel(sock)
     started = channel.next()
     config, keeper = ServerConfig.from_json(started["config"]), Keeper(channel, started["keeper_pid"])
@@ -384,7 +386,7 @@ def main(sock: socket.socket) -> int:
         left = inherit(keeper.channel)
         while True:
             with held("core.lock"):
-                service = Service(started, keeper, say)
+                service = Service(started, keeper, umask, say)
                 service.start(left)
                 service.run()
             if not service.yielded:

@@ -96,7 +96,7 @@ class Standstill:
             left = _moving(moving.known)
         above = {proc.pid for proc in left} if agent.stdin == "pty" and secs < PARENTS_SECS else set()
         for proc in left:
-            if proc.parent not in above and tree.send(proc, SIGSTOP):
+            if proc.parent not in above and tree.send(proc, SIGSTOP) == tree.SENT:
                 self._is_ours(agent, proc)
         return not left or secs >= MOST_SECS
 

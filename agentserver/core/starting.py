@@ -18,21 +18,22 @@ from ..errors import RequestError
 from ..messages import AgentConfig
 from . import backends, process, tree
 from .agent import Agent
+from .inherited import Inherited
 from .registry import Ask, Registry
 from .takeover import Keeper
 from .witness import Witness
 
 
 class Starting:
-    """See the module. `environ` is the server's own environment, `nofile` the limit of descriptors that agents get."""
+    """See the module. `environ` is the server's own environment, `inherited` what all agents get beside it."""
 
-    def __init__(self, config: ServerConfig, registry: Registry, environ: Mapping[str, str], nofile: int,
+    def __init__(self, config: ServerConfig, registry: Registry, environ: Mapping[str, str], inherited: Inherited,
                  witness: Witness, keeper: Keeper, directory: Callable[[str], str],
                  clock: Callable[[], float]) -> None:
         self._registry, self._witness, self._keeper = registry, witness, keeper
         self._environ = backends.base_environment(environ, config.pass_environment)  # walking it for each spawn is dear
         self._passed, self._backends = config.pass_environment, backends.all_backends(config.backends)
-        self._nofile, self._directory, self._clock = nofile, directory, clock
+        self._inherited, self._directory, self._clock = inherited, directory, clock
 
     def plan(self, config: AgentConfig) -> backends.Launch:
         """Return what is to be run for a request, or refuse what cannot be."""
@@ -62,7 +63,8 @@ class Starting:
         ends = process.ends(agent.stdin, agent.pty)
         self._keeper.hold(agent.id, ends.ours)  # before the fork: now our death costs nothing
         try:
-            pid = process.spawn(launch.argv, environment, agent.cwd, ends, self._nofile, self._witness.action)
+            pid = process.spawn(launch.argv, environment, agent.cwd, ends, self._inherited._replace(tag=agent.tag),
+                                self._witness.action)
         except BaseException:
             ends.close()
             self._keeper.release(agent.id, [])

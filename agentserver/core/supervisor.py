@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from signal import SIGCONT, SIGKILL, SIGSTOP
-from typing import Callable, Iterable, Iterator, Mapping
+from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..config import ServerConfig
 from ..errors import RequestError
@@ -22,9 +22,11 @@ from .counters import Counters
 from .ending import Ending, exit_record
 from .family import Family
 from .feed import Feed, Subscriber
+from .inherited import Inherited, new_tag
 from .lastwords import LastWords
 from .losses import Losses
 from .output import OutputLog
+from .process import signal_name
 from .pushing import Pushing
 from .reactor import Reactor
 from .registry import Ask, Registry
@@ -38,6 +40,7 @@ from .terminal import Terminal
 from .witness import Witness
 
 SERVER = Ask("server")
+NAMED_MOST = 100        # processes of one agent that may not be signalled
 KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
 
 
@@ -45,7 +48,7 @@ class Supervisor:
     """See the module. Everything it needs from outside is an argument."""
 
     def __init__(self, config: ServerConfig, reactor: Reactor, scheduler: Scheduler, registry: Registry, feed: Feed,
-                 pushing: Pushing, counters: Counters, environ: Mapping[str, str], nofile: int, family: Family,
+                 pushing: Pushing, counters: Counters, environ: Mapping[str, str], inherited: Inherited, family: Family,
                  last_words: LastWords, witness: Witness, keeper: Keeper, say: Callable[[str], None]) -> None:
         self.config, self.reactor, self.registry, self.counters = config, reactor, registry, counters
         self.scheduler = scheduler
@@ -55,9 +58,9 @@ class Supervisor:
         self._finished: dict[str, None] = {}  # ids of finished agents, oldest end first
         self._say, self.boot = say, tree.boot_id()
         self.family, self._keeper = family, keeper
-        self.starting = Starting(config, registry, environ, nofile, witness, keeper, self.directory, reactor.clock)
+        self.starting = Starting(config, registry, environ, inherited, witness, keeper, self.directory, reactor.clock)
         self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self.on_end,
-                             self.save, say)
+                             self.save, self.not_permitted, say)
         self.standstill = Standstill(reactor, family, self.save)
         self._losses = Losses(reactor, feed, self.save, lambda: bool(registry.trouble), say)
         self._after_commit: list[Callable[[], None]] = []
@@ -123,7 +126,7 @@ class Supervisor:
             pty=launch.pty,
             grace_secs=self.config.grace_secs if config.grace_secs is None else config.grace_secs,
             runtime_secs=limits or self.config.runtime_secs, labels=config.labels, metadata=metadata,
-            created_at=time.time(), boot=self.boot)
+            created_at=time.time(), boot=self.boot, tag=new_tag())
         agent = Agent(agent_id, self.output(agent_id), {**record, "finish": launch.finish})
         agent.step(lifecycle.START)
         if len(agent.info_json()) > self.config.message_bytes * 9 // 10:
@@ -227,7 +230,8 @@ class Supervisor:
         agent.step(lifecycle.RESTART)
         self._finished.pop(agent.id, None)
         agent.attempt, agent.want, agent.exit, agent.finished_at = agent.attempt + 1, "up", None, None
-        agent.boot, agent.started_at, agent.pid = self.boot, None, None
+        agent.boot, agent.tag = self.boot, new_tag()
+        agent.forget_attempt()
         self.start_again(agent, ask)
 
     def start_again(self, agent: Agent, ask: Ask) -> None:
@@ -239,7 +243,8 @@ class Supervisor:
             self.save(agent)
             self.attend(agent, self.starting.start(agent, launch, ask))
         except RequestError as e:
-            self.on_end(agent, lifecycle.NOT_STARTED, exit_record("not_started", None, 0.0, None, []), str(e))
+            self.on_end(agent, lifecycle.NOT_STARTED,
+                        exit_record("not_started", None, 0.0, None, message=str(e)), str(e))
             raise
         self.started(agent)
 
@@ -249,6 +254,7 @@ class Supervisor:
         if agent.ending is not None or agent.status == lifecycle.PAUSED:
             what = "being stopped" if agent.ending is not None else "paused already"
             raise RequestError(f"{agent.label()} is {what}", "invalid_state")
+        self._check_permitted(agent)
         agent.still = self.standstill.before(agent)
         agent.step(lifecycle.PAUSE)
         agent.paused_at, agent.pause_mode = time.time(), "forced"
@@ -261,7 +267,8 @@ class Supervisor:
         self.running(agent, "resumed")
         if agent.status != lifecycle.PAUSED:
             raise RequestError(f"{agent.label()} is {agent.status}, not paused", "invalid_state")
-        self.family.go_on(agent, agent.still)
+        self._check_permitted(agent)
+        self.not_permitted(agent, SIGCONT, self.family.go_on(agent, agent.still))
         agent.step(lifecycle.RESUME)
         self._not_paused(agent)
         self._changed(agent, "resumed: what the pause had stopped got SIGCONT")
@@ -278,12 +285,35 @@ class Supervisor:
         elif number == SIGCONT and agent.status == lifecycle.PAUSED:
             self.resume(agent)
         else:
+            self._check_permitted(agent)
             agent.signalled = {**agent.signalled, str(number): ask.by}
             self.save(agent)
             self.registry.begin(ask, agent.id)
             if number == SIGKILL:
                 self.ending.name(agent)
-            self.family.signal(agent, number)
+            self.not_permitted(agent, number, self.family.signal(agent, number))
+
+    def _check_permitted(self, agent: Agent) -> None:
+        """Refuse to signal a tree whose leader we may not signal."""
+        if not self.family.may_signal(agent):
+            raise RequestError(f"{agent.label()} runs as another user by now (process {agent.pid}), and the server is "
+                               "not permitted to signal it; signal it as that user, or as root", "not_permitted")
+
+    def not_permitted(self, agent: Agent, number: int, pids: Sequence[int]) -> None:
+        """Enter into the record who of a tree may not be signalled, and tell it once."""
+        before = {one["pid"] for one in agent.not_permitted}
+        if before == set(pids):
+            return
+        name = signal_name(number)
+        agent.not_permitted = [{"pid": pid, "command": tree.command_of(pid), "signal": name}
+                               for pid in pids[:NAMED_MOST]]
+        agent.changed()
+        self.save(agent)
+        if before < set(pids):
+            named = ", ".join(f"{one['pid']} ({one['command']})" for one in agent.not_permitted[:5])
+            self.feed.agent_event(agent.id, "error", agent.status, f"{name} was not sent to {named}: the server is not "
+                                  "permitted to signal what runs as another user",
+                                  {"not_permitted": agent.not_permitted})
 
     def resize(self, agent: Agent, rows: int, cols: int) -> None:
         """Give an agent's terminal another size, and to its next attempt's too; the kernel sends it SIGWINCH."""
@@ -364,6 +394,7 @@ class Supervisor:
         agent.step(given)
         agent.exit, agent.finished_at, agent.pid = record, time.time(), None
         self._not_paused(agent)
+        agent.not_permitted = []
         if agent.want == "restart":
             agent.want = "down"
         self._finished[agent.id] = None
@@ -482,8 +513,9 @@ class Supervisor:
             for agent in self.live:
                 self._say(f"{agent.label()} could not be ended in time")
             for proc in self.family.everyone():
-                self._say(f"process {proc.pid}, left by an agent that has ended, is killed")
-                tree.send(proc, SIGKILL)
+                may = tree.send(proc, SIGKILL) != tree.NOT_PERMITTED
+                self._say(f"process {proc.pid}, left by an agent that has ended, " + (
+                    "is killed" if may else "runs on: it is another user's, and the server may not signal it"))
             self.announce("down")
             self._on_down()
 
@@ -493,4 +525,5 @@ def summary(record: Json) -> str:
     how = f"exit code {record['code']}" if record["code"] is not None else record["signal"] or "unknown end"
     by = f" by {record['by']}" if record["by"] else ""
     left = f"; {len(record['leaked'])} process(es) of its tree had to be killed" if record["leaked"] else ""
-    return f"{record['reason']}{by}: {how}{left}"
+    on = f"; {len(record['survivors'])} process(es) of its tree could not be ended" if record["survivors"] else ""
+    return f"{record['reason']}{by}: {how}{left}{on}"

@@ -195,7 +195,7 @@ class TakeOver:
             self._marked = tree.marked()
         left = {proc.pid: proc for proc in self._marked.get(agent.id, [])}
         leader = tree.look(agent.pid) if agent.pid and agent.boot == self._boot else None
-        if leader is not None and leader.start == agent.start and leader.state != "Z":
+        if leader is not None and leader.start == agent.start and leader.lives:
             left[leader.pid] = leader
         return list(left.values())
 

@@ -19,6 +19,10 @@ import signal
 import time
 from typing import Callable, Collection, Iterable, NamedTuple
 
+from .inherited import tag_in
+
+GONE = "ZX"         # states of what is dead; see `look`
+SENT, MISSING, NOT_PERMITTED = "sent", "missing", "not_permitted"  # what became of a signal
 MARK = "AGENTSERVER_AGENT_ID"
 _MARK = MARK.encode() + b"="
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -45,7 +49,12 @@ class Proc(NamedTuple):
     parent: int
     session: int
     start: int  # clock ticks since boot
-    state: str  # R, S, D, T, Z, …
+    state: str  # R, S, D, T, Z, …; of a process whose main thread has ended that of a thread that lives
+
+    @property
+    def lives(self) -> bool:
+        """Whether something of it runs or can run."""
+        return self.state not in GONE
 
 
 def become_subreaper() -> bool:
@@ -81,12 +90,49 @@ def _read(path: str, most: int) -> bytes:
 
 
 def look(pid: int) -> Proc | None:
-    """Return one process, zombies too, or None where there is none."""
-    stat = _read(f"{_PROC}/{pid}/stat", 1024)
-    if not stat:
+    """Return one process, zombies too, or None where there is none.
+
+    The kernel shows a process as a zombie as soon as its main thread has ended, though other threads of it run."""
+    f = _stat(str(pid))
+    if not f:
         return None
-    f = stat[stat.rindex(b")") + 2:].split(None, 20)
-    return Proc(pid, int(f[1]), int(f[3]), int(f[19]), f[0].decode())
+    state = f[0].decode()
+    if state in GONE and int(f[17]) > 1:
+        state = _living_thread(pid)[1] or state
+    return Proc(pid, int(f[1]), int(f[3]), int(f[19]), state)
+
+
+def _stat(where: str) -> list[bytes]:
+    """Return the fields of a stat file from the state on, for a pid or PID/task/TID; none where there is none."""
+    stat = _read(f"{_PROC}/{where}/stat", 1024)
+    return stat[stat.rindex(b")") + 2:].split(None, 20) if stat else []
+
+
+def _living_thread(pid: int) -> tuple[str, str]:
+    """Return where /proc shows a thread of a process that lives, and its state: one that moves where there is one."""
+    found = ("", "")
+    try:
+        threads = os.listdir(f"{_PROC}/{pid}/task")
+    except OSError:
+        return found
+    for thread in threads:
+        f = _stat(f"{pid}/task/{thread}")
+        state = f[0].decode() if f else "X"
+        if state not in GONE:
+            found = (f"{pid}/task/{thread}", state)
+            if state not in "Tt":
+                break
+    return found
+
+
+def _of(pid: int, name: str, most: int) -> bytes:
+    """Return what /proc/PID/NAME says; where the main thread has ended, what it says of a thread that lives."""
+    said = _read(f"{_PROC}/{pid}/{name}", most)
+    if not said:
+        f = _stat(str(pid))
+        thread = _living_thread(pid)[0] if f and int(f[17]) > 1 else ""
+        said = _read(f"{_PROC}/{thread}/{name}", most) if thread else b""
+    return said
 
 
 def scan(skip: Collection[int] = ()) -> dict[int, Proc]:
@@ -146,20 +192,27 @@ def below(by_parent: dict[int, list[Proc]], roots: Iterable[Proc | int],
 
 def mark_of(pid: int) -> str:
     """Return the agent id in the environment that a process was started with, or ""."""
-    block = _read(f"{_PROC}/{pid}/environ", 4 * 1024 * 1024)
+    block = _of(pid, "environ", 4 * 1024 * 1024)
     at = 0 if block.startswith(_MARK) else block.find(b"\0" + _MARK) + 1
     if not block.startswith(_MARK, at):
         return ""
     return block[at + len(_MARK):].split(b"\0", 1)[0].decode("ascii", "replace")
 
 
+def tag_of(pid: int) -> int:
+    """Return the tag in the limits of a process, 0 if it has none (inherited.py)."""
+    return tag_in(_read(f"{_PROC}/{pid}/limits", 4096))
+
+
 def held_by(pid: int) -> set[tuple[int, int]]:
     """Return the pipes and the slaves of terminals that a process holds, each as `identity` calls it. (All masters look
     alike: they are /dev/ptmx.) Nothing else is looked at closely: a file may be on a disk that does not answer."""
     found = set()
+    f = _stat(str(pid))
+    where = f"{_PROC}/{_living_thread(pid)[0] if f and f[0].decode() in GONE else pid}"
     try:
-        for fd in os.listdir(f"{_PROC}/{pid}/fd"):
-            path = f"{_PROC}/{pid}/fd/{fd}"
+        for fd in os.listdir(f"{where}/fd"):
+            path = f"{where}/fd/{fd}"
             if os.readlink(path).startswith(("pipe:", "/dev/pts/")):
                 found.add(identity(os.stat(path)))
     except OSError:  # gone, or not ours to look into
@@ -193,7 +246,7 @@ def unshield(pid: int) -> None:
 
 def command_of(pid: int) -> str:
     """Return the command line of a process for people, or its name where it has none."""
-    line = _read(f"{_PROC}/{pid}/cmdline", 4096).replace(b"\0", b" ").strip()
+    line = _of(pid, "cmdline", 4096).replace(b"\0", b" ").strip()
     line = line or _read(f"{_PROC}/{pid}/comm", 64).strip()
     return line[:500].decode("utf-8", "replace")
 
@@ -206,8 +259,8 @@ def is_part(pid: int, keeper: int) -> bool:
         command != b"" and command == _read(f"{_PROC}/{keeper}/cmdline", 4096))
 
 
-def send(proc: Proc, number: int) -> bool:
-    """Signal a process by identity; never one that took over its pid meanwhile."""
+def send(proc: Proc, number: int) -> str:
+    """Signal a process by identity, never one that took over its pid meanwhile; return what became of it."""
     if proc.pid <= 1 or proc.pid == os.getpid():
         raise ValueError(f"refusing to signal pid {proc.pid}")
     try:
@@ -217,14 +270,16 @@ def send(proc: Proc, number: int) -> bool:
     try:
         now = look(proc.pid)
         if now is None or now.start != proc.start:
-            return False
+            return MISSING
         if fd >= 0:
             signal.pidfd_send_signal(fd, number)
         else:
             os.kill(proc.pid, number)
-        return True
-    except (ProcessLookupError, PermissionError):
-        return False
+        return SENT
+    except ProcessLookupError:
+        return MISSING
+    except PermissionError:  # another user's by now: sudo, su, a set-user-ID program
+        return NOT_PERMITTED
     finally:
         if fd >= 0:
             os.close(fd)
@@ -249,17 +304,25 @@ def marked() -> dict[str, list[Proc]]:
     """Return every living process that carries an agent's mark, by agent id."""
     found: dict[str, list[Proc]] = {}
     for proc in scan((os.getpid(),)).values():
-        mark = mark_of(proc.pid) if proc.state != "Z" else ""
+        mark = mark_of(proc.pid) if proc.lives else ""
         if mark:
             found.setdefault(mark, []).append(proc)
     return found
 
 
-def end(procs: Iterable[Proc], within: float = 2.0) -> None:
-    """SIGKILL processes that are not our children, and wait until they are gone or dead (only used at start)."""
+def end(procs: Iterable[Proc], within: float = 2.0) -> list[Proc]:
+    """SIGKILL processes that are not our children, and wait until they are gone or dead (only used at start). Return
+    those that live on."""
     import select
     until = time.monotonic() + within
-    waiting = [proc for proc in procs if send(proc, signal.SIGKILL)]
+    sent = [(proc, send(proc, signal.SIGKILL)) for proc in procs]
+    waiting = [proc for proc, what in sent if what == SENT]
     while waiting and time.monotonic() < until:
         select.select((), (), (), 0.005)  # pidfds are missing on some systems; this runs only after a core's death
-        waiting = [p for p in waiting if (now := look(p.pid)) is not None and now.start == p.start and now.state != "Z"]
+        waiting = living(waiting)
+    return waiting + living(proc for proc, what in sent if what == NOT_PERMITTED)
+
+
+def living(procs: Iterable[Proc]) -> list[Proc]:
+    """Return those of some processes that live now, as they are now."""
+    return [now for proc in procs if (now := look(proc.pid)) is not None and now.start == proc.start and now.lives]
