@@ -25,11 +25,12 @@ from harness import BenchError
 from keystrokes import Keys
 from replaying import Replay
 from spawning import Spawn
+from surviving import Many
 from table import HEADS, Benchmark, Result, lines, measure, text
 from telling import Exit, Lines
 
 BENCHMARKS: Tuple[Type[Benchmark], ...] = (Requests, Flood, Status, Spawn, Exit, Lines, Keys, Follow, Torrent,
-                                           Crowd, Dead, Replay, Capture, Launch, Malformed, Killed, Footprint)
+                                           Crowd, Dead, Replay, Capture, Launch, Malformed, Killed, Many, Footprint)
 
 
 def arguments() -> argparse.Namespace:

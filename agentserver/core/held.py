@@ -11,9 +11,9 @@ First start, a crash of the core and its upgrade are one path: the new core is h
 from __future__ import annotations
 
 import os
-from typing import Mapping
+from typing import Iterator, Mapping, Sequence
 
-from .channel import Channel, Json
+from .channel import LOST, Channel, Json
 from .notify import Notify
 from .process import Ended
 from .tree import Proc
@@ -27,6 +27,7 @@ class Held:
     def __init__(self, manager: Notify, stored: Mapping[str, int]) -> None:
         self._manager = manager
         self._fds: dict[str, dict[str, int]] = {}
+        self._lost: set[str] = set()  # agents of which we had no room for a descriptor
         self._ends: dict[int, list[object]] = {}
         for both, fd in stored.items():
             agent_id, dot, name = both.partition(".")
@@ -52,9 +53,15 @@ class Held:
                 self._release(word["release"], name)
             if not word["names"]:  # until then an agent of which nothing is held is still one that lives
                 self._fds.pop(word["release"], None)
+                self._lost.discard(word["release"])
             self._tell()
         elif "known" in word:
             self._ends.pop(word["known"], None)
+
+    def lost(self) -> list[str]:
+        """Return of which agents a descriptor was lost since the last call: the core has to give it to us again."""
+        lost, self._lost = sorted(self._lost), set()
+        return lost
 
     def drop(self) -> None:
         """Let go of everything: a core that lives has all that is true, and gives it to us."""
@@ -65,6 +72,9 @@ class Held:
 
     def _hold(self, agent_id: str, name: str, fd: int) -> None:
         self._release(agent_id, name)  # of one name there is one
+        if fd == LOST:
+            self._lost.add(agent_id)
+            return
         self._fds.setdefault(agent_id, {})[name] = fd
         self._manager.store(f"{agent_id}.{name}", fd)
 
@@ -99,8 +109,12 @@ class Held:
 
     def hand_over(self, core: Channel) -> None:
         """Give everything to a core that was just started."""
-        for agent_id, fds in self._fds.items():
-            core.send({"held": agent_id, "names": list(fds)}, list(fds.values()))
-        for end in self._ends.values():
-            core.send({"ended": end})
-        core.send({"go": True})
+        core.send_each(self._everything())
+
+    def _everything(self) -> Iterator[tuple[Json, Sequence[int]]]:
+        for agent_id in list(self._fds):
+            if agent_id in self._fds:
+                yield {"held": agent_id, "names": list(self._fds[agent_id])}, list(self._fds[agent_id].values())
+        for end in list(self._ends.values()):
+            yield {"ended": end}, ()
+        yield {"go": True}, ()

@@ -143,7 +143,10 @@ class Notify:
 
     def _say(self, words: str, fds: Sequence[int] = (), always: bool = False) -> None:
         if self._sock is not None and (always or len(self._queue) < QUEUE_MOST):
-            self._queue.append((words, [os.dup(fd) for fd in fds]))
+            try:
+                self._queue.append((words, [os.dup(fd) for fd in fds]))
+            except OSError:  # no room for another descriptor: the manager goes without this one
+                return
             if len(self._queue) == 1:
                 self._flush()
 

@@ -12,7 +12,7 @@ import time
 
 from ..config import ServerConfig
 from . import process
-from .channel import Channel, Json
+from .channel import Channel, Json, whole
 
 BACKOFF_SECS = (0.05, 5.0)   # first and longest pause before a part that does not come up is started again
 LEAST_LIFE_SECS = 0.1        # a part that got ready and lived so long is started again at once
@@ -78,7 +78,7 @@ class Part:
         """Note what it said of itself."""
         self.ready = word.get("ready", self.ready)
         if "endpoint" in word.get("ready", ()):
-            self._listens(self.ready, word.get("fds", []))
+            self._listens(self.ready, whole(word.get("fds", [])))
         self.failed = word.get("failed", self.failed)
         self.done = word.get("done", self.done)
         self.asks_ends = word.get("reap", self.asks_ends)

@@ -191,6 +191,8 @@ class Service:
             elif word.get("yield"):
                 self.yielded = True
                 self.reactor.stop()
+            elif "hold_again" in word:
+                self.supervisor.hold_again(word["hold_again"])
             elif "reload_failed" in word:
                 self.facts.set_reload_failed(word["reload_failed"])
 
@@ -207,7 +209,7 @@ class Service:
         channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id},
                       "shell": self.facts.listened, "started_at": self.facts.started_at,
                       "generation": self.facts.generation})
-        self.supervisor.hold_all()
+        self.supervisor.hold_again(self.supervisor.agents)
         self._say("a new keeper has come")
         self._end_orphaned()
 

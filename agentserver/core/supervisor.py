@@ -429,10 +429,11 @@ class Supervisor:
                 agent.run.let_go()
         return kept
 
-    def hold_all(self) -> None:
-        """Give a new keeper copies of everything."""
-        for agent in self.agents.values():
-            if agent.run is not None:
+    def hold_again(self, agent_ids: Iterable[str]) -> None:
+        """Give the keeper copies of everything of some agents: a new one has nothing, and one may have had no room."""
+        for agent_id in agent_ids:
+            agent = self.agents.get(agent_id)
+            if agent is not None and agent.run is not None:
                 self._keeper.hold(agent.id, agent.run.descriptors())
                 if agent.run.ended is None and agent.pid is not None:
                     self._keeper.hold_pid(agent.id, agent.pid, agent.start)

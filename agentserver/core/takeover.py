@@ -15,9 +15,10 @@ import time
 from contextlib import suppress
 from typing import Any, Mapping, NamedTuple
 
-from . import terminal, tree
+from ..errors import StartError
+from . import process, terminal, tree
 from .agent import Agent
-from .channel import Channel, Json
+from .channel import LOST, Channel, Json
 from .lifecycle import INITIALIZING
 from .pidfd import open_pidfd
 from .process import Ended
@@ -124,11 +125,15 @@ class Keeper:
 
 
 def inherit(channel: Channel) -> Inheritance:
-    """Wait for everything that a core before us has left; the keeper says `go` at its end."""
+    """Wait for everything that a core before us has left; the keeper says `go` at its end. Raise `StartError` if there
+    is no room for it: the keeper still holds everything, for a core that comes later."""
     left = Inheritance({}, {})
     while "go" not in (word := channel.next()):
         if "held" in word:
             left.fds[word["held"]] = dict(zip(word["names"], word.get("fds", ())))
+            if LOST in word.get("fds", ()):
+                raise StartError("there is no room for the descriptors of the agents: this process may have "
+                                 f"{process.descriptor_limit()} open; raise the limit (ulimit -Hn, or fs.file-max)")
         elif "ended" in word:
             left.note(word["ended"])
     return left

@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import Optional, Sequence
 
-from ..core.channel import Channel, Json
+from ..core.channel import Channel, Json, whole
 from ..core.lock import await_free, held
 from ..errors import AgentServerError
 from .listening import hand_on, left_behind
@@ -73,6 +73,7 @@ def main(sock: socket.socket) -> int:
     owner = Kept(channel)
     try:
         hello = channel.next()
+        hello["fds"] = whole(hello.get("fds", []))
         owner.hear(channel.pending())
         _serve(channel, owner, hello)
     except (AgentServerError, EOFError) as e:
