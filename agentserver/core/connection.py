@@ -10,15 +10,15 @@ more than a bounded amount for it.
 """
 from __future__ import annotations
 
-import json
 import select
 import socket
 from collections import deque
 from typing import Deque, Protocol
 
-from ..wire import MAX_WIRE, Json
+from ..wire import MAX_WIRE
 from . import framing
 from .control import Peer
+from .peers import Asker, Caller, Hello, Shell, header
 from .pending import Pending
 from .reactor import READ, WRITE, Reactor
 
@@ -26,6 +26,7 @@ PIECE = 128 * 1024            # bytes read at once
 PER_TURN = 64                 # requests of one connection in one turn, so that others get theirs
 UNSENT_MOST = 16 * 1024 * 1024  # bytes of replies that may wait before we stop reading
 MISSED_MOST = 10_000          # topics of which it is remembered that something was dropped
+PEERS_MOST, HEAD_BYTES = 1000, 1024  # headers whose meaning is kept, and how long such a one may be
 PROMISED_MOST = 8             # replies that are being made; until then no further request is handled
 
 
@@ -39,11 +40,11 @@ class Desk(Protocol):
     def handle(self, raw: bytes | None, peer: Peer) -> bytes | Pending:
         """Return the reply to one message, or a promise of it."""
 
-    def hello(self, facts: Json) -> None:
-        """A shell said who it is."""
+    def hello(self, hello: Hello, caller: Caller) -> Shell | None:
+        """A peer says that it is a shell; return it if it is."""
 
-    def keeper_came(self, sock: socket.socket) -> None:
-        """A new keeper is at the other end of this socket."""
+    def keeper_came(self, sock: socket.socket, caller: Caller) -> None:
+        """A peer says that it is a new keeper, and gives this socket up for its channel."""
 
     def dirty(self, connection: "Connection") -> None:
         """This connection has something to send at the end of the turn."""
@@ -61,11 +62,11 @@ class Desk(Protocol):
 class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
-    __slots__ = ("_desk", "_eof", "_frames", "_inbox", "_lines", "_missed", "_out", "_peers", "_promised", "_sock",
-                 "_unsent", "_watch", "name", "shell", "topics")
+    __slots__ = ("_caller", "_desk", "_eof", "_frames", "_inbox", "_lines", "_missed", "_out", "_peers", "_promised",
+                 "_role", "_sock", "_unsent", "_watch", "shell", "topics")
 
-    def __init__(self, sock: socket.socket, name: str, desk: Desk) -> None:
-        self._sock, self.name, self._desk = sock, name, desk
+    def __init__(self, sock: socket.socket, caller: Caller, desk: Desk) -> None:
+        self._sock, self._caller, self._desk = sock, caller, desk
         self._lines: framing.LineDecoder | None = framing.LineDecoder(desk.message_bytes)
         self._frames = framing.FrameDecoder(MAX_WIRE)
         self._inbox: Deque[tuple[int, Peer, bytes | None]] = deque()
@@ -76,7 +77,8 @@ class Connection:
         self._peers: dict[bytes, Peer] = {}
         self.topics: tuple[str, ...] = ()
         self._missed: dict[str, None] = {}  # topics of which this peer was too slow for something
-        self.shell: Json | None = None
+        self.shell: Shell | None = None     # it is one of ours
+        self._role = ""
         self._watch = desk.reactor.watch(sock.fileno(), READ, self._ready)
 
     # ------------------------------------------------------------ in
@@ -111,18 +113,22 @@ class Connection:
             else:
                 self._inbox.extend((0, self._peer(b""), line) for line in self._lines.feed(data))
                 return
-        for tag, header, body in self._frames.feed(data):
+        for tag, head, body in self._frames.feed(data):
             if tag == 0:
-                self.shell = _facts(header)
-                self._desk.hello(self.shell)
+                self._greeted(header(Hello, head))
             else:
-                self._inbox.append((tag, self._peer(header), body))
+                self._inbox.append((tag, self._peer(head), body))
+
+    def _greeted(self, hello: Hello) -> None:
+        self._role = hello.role
+        self.shell = self._desk.hello(hello, self._caller)
+        self._peers.clear()
 
     def _become_channel(self) -> None:
         """Hand the socket to the service: a keeper is at the other end."""
         self._desk.reactor.unwatch(self._watch)
         self._desk.gone(self)
-        self._desk.keeper_came(self._sock)
+        self._desk.keeper_came(self._sock, self._caller)
 
     def work(self) -> None:
         """Handle what waits, a bounded number at once; the rest has its turn in the next turn."""
@@ -154,15 +160,17 @@ class Connection:
         promise.then = made
         self._promised.add(promise)
 
-    def _peer(self, header: bytes) -> Peer:
-        """Return who asks: this connection's own user, or whom the shell names beside the message."""
-        peer = self._peers.get(header)
+    def _peer(self, head: bytes) -> Peer:
+        """Return who asks: whom a shell of ours names beside the message, else who connected."""
+        peer = self._peers.get(head)
         if peer is None:
-            name = str(_facts(header).get("name") or self.name) if header else self.name
-            may_listen = self._lines is not None or (self.shell or {}).get("role") == "monitor"
-            peer = Peer(name, self if may_listen else None)
-            if len(self._peers) < 1000:
-                self._peers[header] = peer
+            asker = header(Asker, head) if head else Asker()
+            may_listen = self._lines is not None or self._role == "monitor"
+            peer = Peer((self.shell and asker.name) or self._caller.name, self if may_listen else None)
+            if len(head) <= HEAD_BYTES:
+                if len(self._peers) >= PEERS_MOST:
+                    self._peers.clear()
+                self._peers[head] = peer
         return peer
 
     # ------------------------------------------------------------ out
@@ -240,13 +248,3 @@ class Connection:
             self._inbox.clear()
             self._desk.gone(self)
 
-
-def _facts(header: bytes) -> Json:
-    """Return the JSON object in the header of a frame, or raise `FramingError`: no agent may end us by a line."""
-    try:
-        facts = json.loads(header)
-    except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise framing.FramingError("the header of a frame is no JSON object")
-    return facts

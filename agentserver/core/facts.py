@@ -13,6 +13,7 @@ import time
 from ..config import ServerConfig
 from ..wire import Json, encode
 from . import tree
+from .peers import Hello, Shell
 
 
 class Facts:
@@ -22,7 +23,7 @@ class Facts:
         self._config = config
         self.started_at = float(started["started_at"])
         self._keeper_pid, self.generation = keeper_pid, int(started["generation"])
-        self._shell: Json = {}
+        self._shell: Shell | None = None
         #: where the last shell listened, also when there is none now
         self.listened: Json = {}
         self._json = b""
@@ -33,10 +34,11 @@ class Facts:
         self._reload_failed = why
         self._json = b""
 
-    def set_shell(self, shell: Json) -> None:
-        """Note where the shell listens; empty when there is none."""
+    def set_shell(self, shell: Shell | None) -> None:
+        """Note which shell there is, and where it listens."""
         self._shell = shell
-        self.listened = shell or self.listened
+        if shell is not None:
+            self.listened = {"endpoint": shell.hello.endpoint, "pub_endpoint": shell.hello.pub_endpoint}
         self._json = b""
 
     def set_keeper(self, pid: int) -> None:
@@ -44,18 +46,17 @@ class Facts:
         self._keeper_pid = pid
         self._json = b""
 
-    def orphaned_shell(self) -> int:
-        """Return the pid of a shell that another keeper has started than the one there is now; 0 when there is none."""
-        theirs = self._shell.get("keeper_pid", 0)  # 0: a program of somebody's own, which no keeper started
-        return int(self._shell.get("pid") or 0) if theirs and theirs != self._keeper_pid else 0
+    def orphaned_shell(self) -> Shell | None:
+        """Return a shell that another keeper has started than the one there is now, if there is one."""
+        theirs = self._shell.hello.keeper_pid if self._shell is not None else 0
+        return self._shell if theirs and theirs != self._keeper_pid else None
 
-    def shell(self) -> Json:
-        """Return what the shell said of itself; empty when there is none."""
-        return self._shell
+    def _shell_pid(self) -> int:
+        return self._shell.pid if self._shell is not None else 0
 
     def parts(self) -> set[int]:
         """Return the processes that are the server's own."""
-        return {os.getpid(), self._keeper_pid, int(self._shell.get("pid") or 0)}
+        return {os.getpid(), self._keeper_pid, self._shell_pid()}
 
     def uptime(self) -> float:
         """Return the seconds since the server was started, across deaths of its parts."""
@@ -64,13 +65,13 @@ class Facts:
     def metadata(self) -> dict[str, str]:
         """Return the metadata of a health check; all text, as the protocol says."""
         from .. import __version__
-        config = self._config
-        return {"server_id": config.server_id, "endpoint": str(self._shell.get("endpoint", "")),
-                "pub_endpoint": str(self._shell.get("pub_endpoint", "")), "max_agents": str(config.max_agents),
-                "version": __version__, "hostname": socket.gethostname(), "pid": str(self._keeper_pid),
-                "shell_pid": str(self._shell.get("pid", "")), "core_pid": str(os.getpid()),
-                "generation": str(self.generation),
-                "reload_failed": self._reload_failed, "state_dir": config.state_dir,
+        config, said = self._config, self._shell.hello if self._shell is not None else Hello()
+        return {"server_id": config.server_id, "endpoint": said.endpoint, "pub_endpoint": said.pub_endpoint,
+                "max_agents": str(config.max_agents), "version": __version__, "hostname": socket.gethostname(),
+                "pid": str(self._keeper_pid),
+                "shell_pid": str(self._shell_pid() or ""), "core_pid": str(os.getpid()),
+                "generation": str(self.generation), "reload_failed": self._reload_failed,
+                "state_dir": config.state_dir,
                 "status_update_interval_secs": f"{config.status_update_interval_secs:g}"}
 
     def metadata_json(self) -> bytes:
@@ -81,6 +82,6 @@ class Facts:
 
     def usage(self) -> Json:
         """Return what our processes use."""
-        shell = self._shell.get("pid")
+        shell = self._shell_pid()
         return {"core": tree.usage(os.getpid()), "keeper": tree.usage(self._keeper_pid),
-                "shell": tree.usage(int(shell)) if shell else {}}
+                "shell": tree.usage(shell) if shell else {}}

@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-import struct
 from typing import Callable, Sequence
 
 from ..config import ServerConfig
@@ -34,6 +33,7 @@ from .lastwords import LastWords
 from .lock import held
 from .log import Log
 from .orphan import end_orphaned
+from .peers import SHELL_LOCK, Caller, Hello, Shell, caller, is_keeper, shell
 from .pushing import Pushing
 from .queries import Queries
 from .reactor import READ, WRITE, Reactor
@@ -87,6 +87,7 @@ class Service:
         self._dirty: dict[Connection, None] = {}
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
         self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
+        self._stranger_named = False
         self._listener: socket.socket | None = None
         self._inode = 0
         self.yielded = False  # a successor is ready to take over
@@ -196,14 +197,14 @@ class Service:
             elif "reload_failed" in word:
                 self.facts.set_reload_failed(word["reload_failed"])
 
-    def keeper_came(self, sock: socket.socket) -> None:
+    def keeper_came(self, sock: socket.socket, caller: Caller) -> None:
         """A new keeper takes the place of one that died: it gets copies of all we hold."""
-        if self._channel_watch.active:  # the old one lives; there can be only one
+        if self._channel_watch.active or not is_keeper(caller):  # while the old one lives, there can be no other
             sock.close()
             return
         sock.setblocking(True)
         channel = Channel(sock)
-        self._keeper.channel, self._keeper.pid = channel, peer_pid(sock)
+        self._keeper.channel, self._keeper.pid = channel, caller.pid
         self.facts.set_keeper(self._keeper.pid)
         self._channel_watch = self.reactor.watch(channel.fileno(), READ, self._on_channel)
         channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id},
@@ -307,17 +308,24 @@ class Service:
             self.reactor.change(self._accepting, 0)
             self.reactor.after(1.0, lambda: self.reactor.change(self._accepting, READ))
             return
-        uid, name = peer_of(sock)
-        if uid not in (os.getuid(), 0) or len(self._connections) >= self._connections_most:
+        who = caller(sock)
+        if who.uid not in (os.getuid(), 0) or len(self._connections) >= self._connections_most:
             sock.close()
             return
         sock.setblocking(False)
-        self._connections.add(Connection(sock, name, self))
+        self._connections.add(Connection(sock, who, self))
 
-    def hello(self, facts: Json) -> None:
-        """A shell said where it listens."""
-        self.facts.set_shell(facts)
-        self._end_orphaned()
+    def hello(self, hello: Hello, caller: Caller) -> Shell | None:
+        """A peer says that it is a shell, and where it listens: note that if it is."""
+        found = shell(hello, caller)
+        if found is not None:
+            self.facts.set_shell(found)
+            self._end_orphaned()
+        elif not self._stranger_named:
+            self._stranger_named = True
+            self._say(f"process {caller.pid} claims to be this server's shell without holding {SHELL_LOCK}; it is "
+                      "served like any local client")
+        return found
 
     def dirty(self, connection: Connection) -> None:
         """Send what this connection has, at the end of the turn."""
@@ -340,7 +348,7 @@ class Service:
         self._dirty.pop(connection, None)
         self._feed.subscribe(connection, ())
         if connection.shell is not None and not any(c.shell for c in self._connections):
-            self.facts.set_shell({})
+            self.facts.set_shell(None)
 
     def _stats(self) -> Json:
         by_status: dict[str, int] = {}
@@ -353,21 +361,6 @@ class Service:
 
 def _more() -> None:
     """Nothing but another turn."""
-
-
-def peer_pid(sock: socket.socket) -> int:
-    """Return the pid of who connected, 0 where the system does not tell."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return 0
-    return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
-
-
-def peer_of(sock: socket.socket) -> tuple[int, str]:
-    """Return uid and name of who connected (SO_PEERCRED, unix(7)); elsewhere the socket's mode has to do."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return os.getuid(), "local"
-    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return uid, f"local uid {uid} pid {pid}"
 
 
 def main(sock: socket.socket) -> int:
