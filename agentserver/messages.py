@@ -16,6 +16,7 @@ from .wire import (
     anything,
     boolean,
     environment,
+    is_id,
     list_of,
     map_of,
     mapping,
@@ -59,14 +60,6 @@ class TerminalSize:
     cols: int = wire(whole(1, 65535))
 
 
-def _limits(value: Any, where: str) -> Limits:
-    for name in ("idle_secs", "output_bytes", "memory_bytes", "open_files", "processes", "cpu_secs"):
-        if mapping(value, where).get(name) is not None:
-            raise RequestError(f"{where}.{name} is not enforced by this version, and a limit that is not "
-                               "enforced is not accepted; leave it out")
-    return read(Limits, value, where)
-
-
 def _later(what: str, *harmless: Any) -> Check:
     """Refuse a field whose capability is not built yet, rather than ignore what the caller relies on."""
     def check(value: Any, where: str) -> None:
@@ -93,10 +86,18 @@ class AgentConfig:
     stdin: Optional[str] = wire(one_of("null", "pipe", "pty"), None)
     pty: Optional[TerminalSize] = wire(record(TerminalSize), None)
     restart: Any = wire(_later("restart policy", {}, {"policy": "never"}), None)
-    limits: Optional[Limits] = wire(_limits, None)
+    limits: Optional[Limits] = wire(record(Limits), None)
     grace_secs: Optional[float] = wire(seconds(86400.0), None)
     queue: Any = wire(_later("queue", False), None)
     labels: Dict[str, str] = wire(_labels, default_factory=dict)
+
+
+def _to_spawn(value: Any, where: str) -> AgentConfig:
+    """The config of an agent that is to be made. Fields that are not known are ignored, as those of the message are."""
+    config = read(AgentConfig, mapping(value, where), where)
+    if is_id(config.name):
+        raise RequestError(f"{where}.name has the form of an agent's id and would be taken for one; choose another")
+    return config
 
 
 # ---------------------------------------------------------------- requests
@@ -115,7 +116,7 @@ class HealthCheckRequest:
 class SpawnRequest:
     type: ClassVar[str] = "spawn_request"
     reply: ClassVar[str] = "spawn_response"
-    config: AgentConfig = wire(record(AgentConfig))
+    config: AgentConfig = wire(_to_spawn)
     timeout_secs: Optional[float] = wire(seconds(86400.0, zero=False), None)
     metadata: Json = wire(mapping, default_factory=dict)
 

@@ -5,12 +5,13 @@ Runs in: any thread; it is pure.
 Unaware: of which messages there are (messages.py, results.py).
 
 Reading is strict where a caller could be hurt (types, bounds, NUL bytes) and lenient where the
-protocol wants to grow: unknown fields are ignored, absent and `null` are the same.
+protocol wants to grow: unknown fields of a message are ignored, absent and `null` are the same.
 """
 from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import MISSING, field, fields
 from typing import Any, Callable, Dict, Type, TypeVar
 
@@ -239,9 +240,14 @@ def signal_spec(value: Any, where: str) -> str | int:
 
 
 def record(cls: Type[T]) -> Check:
-    """An object that reads as `cls`."""
+    """An object that reads as `cls`. Names that `cls` does not know are refused: whoever sets a limit relies on it."""
     def check(value: Any, where: str) -> T:
-        return read(cls, mapping(value, where), where)
+        known = [name for name, _check, _required in _plan(cls)]
+        for name, item in mapping(value, where).items():
+            if name not in known and item is not None:
+                raise RequestError(f"{where}.{name[:64]} is not known to this version, and what is not enforced is not "
+                                   f"accepted; leave it out (known: {', '.join(known)})")
+        return read(cls, value, where)
     return check
 
 
@@ -338,6 +344,14 @@ def new_id() -> str:
     raw[8] = raw[8] & 0x3F | 0x80
     text_ = raw.hex()
     return f"{text_[:8]}-{text_[8:12]}-{text_[12:16]}-{text_[16:20]}-{text_[20:]}"
+
+
+_AN_ID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+
+def is_id(text_: str) -> bool:
+    """Whether a text has the form of an agent's id, as `new_id` makes them."""
+    return _AN_ID.fullmatch(text_) is not None
 
 
 def rfc3339(unix: float) -> str:

@@ -338,9 +338,11 @@ def test_agents_are_found_by_id_name_and_prefix(wire: Wire) -> None:
     assert wire.info("worker")["id"] == second, "of finished ones the newest"
     for nobody in (first[:3], "Worker", "workers", new_id(), "*", "%", "' OR 1=1 --", "\ud800", "0000"):
         wire.cannot("agent_not_found", nobody, "get_status")
-    named_like_an_id = wire.spawn("sleeper", name=first)
-    assert wire.info(first)["id"] == first, "the exact id goes before a name"
-    assert wire.info(named_like_an_id)["name"] == first
+    for like_an_id in (first, first.upper(), new_id()):
+        sentence = wire.refused("bad_request", "spawn_request", config={"command": ["true"], "name": like_an_id})
+        assert "config.name has the form of an agent's id" in sentence
+    named_like_a_prefix = wire.spawn("sleeper", name=first[:13])
+    assert wire.info(first[:13])["id"] == named_like_a_prefix, "a name goes before a prefix"
 
 
 def test_lists_are_ordered_paged_and_filtered(wire: Wire) -> None:

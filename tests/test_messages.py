@@ -5,7 +5,7 @@ import json
 import random
 import re
 import uuid
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from datetime import datetime, timezone
 from typing import Any
 
@@ -149,7 +149,10 @@ def test_canonical_ignores_order_and_id_only() -> None:
     ({"grace_secs": True}, "config.grace_secs must be a number of seconds, not true"),
     ({"grace_secs": "1"}, "config.grace_secs must be a number of seconds"),
     ({"limits": {"runtime_secs": 0}}, "config.limits.runtime_secs must be more than 0"),
-    ({"limits": {"memory_bytes": 1}}, "config.limits.memory_bytes is not enforced"),
+    ({"limits": {"memory_bytes": 1}}, "config.limits.memory_bytes is not known to this version"),
+    ({"limits": {"runtime_sec": 1}}, "config.limits.runtime_sec is not known to this version"),
+    ({"pty": {"rows": 1, "cols": 1, "xpixel": 1}}, "config.pty.xpixel is not known to this version"),
+    ({"name": "8D0F6C1E-3b67-4a55-9e3f-1c2b7a9d0e11"}, "config.name has the form of an agent's id"),
     ({"limits": []}, "config.limits must be an object"),
     ({"labels": {"a": 1}}, "config.labels.a must be text"),
     ({"environment": {"": "x"}}, "config.environment has the name ''"),
@@ -162,6 +165,7 @@ def test_canonical_ignores_order_and_id_only() -> None:
     ({"pty": True}, "config.pty must be an object"),
     ({"queue": True}, "config.queue: this version has no queue"),
     ({"restart": {"policy": "always"}}, "config.restart: this version has no restart policy"),
+    ({"restart": {"policy": "never", "most": 1}}, "config.restart: this version has no restart policy"),
 ])
 def test_a_wrong_field_is_named(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RequestError) as caught:
@@ -180,6 +184,23 @@ def test_a_missing_field_is_named() -> None:
 def test_null_is_absent_and_the_unknown_is_ignored() -> None:
     nulls = {name: None for name in AgentConfig.__dataclass_fields__}
     assert read(AgentConfig, {**nulls, "from the future": [1]}) == read(AgentConfig, {}) == AgentConfig()
+
+
+#: objects whose names are the caller's own, and those whose names belong to the message itself
+FREE = {"metadata", "labels", "environment", "agents", "params", "config", "payload"}
+
+
+@pytest.mark.parametrize("cls", [*messages.REQUESTS.values(), *messages.COMMANDS.values(), AgentConfig])
+def test_an_unknown_name_inside_a_field_is_refused(cls: Any) -> None:
+    """Of whatever may be an object: who sets a limit that is not known would rely on it in vain."""
+    for each in fields(cls):
+        if "check" in each.metadata and each.name not in FREE:
+            with pytest.raises(RequestError, match=each.name):
+                each.metadata["check"]({"no such name": 1}, each.name)
+
+
+def test_a_null_inside_a_field_is_absent() -> None:
+    assert read(SpawnRequest, {"config": {"limits": {"memory_bytes": None}}}).config.limits == messages.Limits()
 
 
 @pytest.mark.parametrize("cls", [*messages.REQUESTS.values(), *messages.COMMANDS.values(), AgentConfig,

@@ -207,6 +207,35 @@ def test_unknown_fields_of_a_newer_version_are_kept(start_server: Callable[..., 
     assert record["from_the_future"] == {"kept": True}
 
 
+def test_a_name_that_was_allowed_before_is_no_other_agents_id(start_server: Callable[..., Server]) -> None:
+    """Older versions let an agent be named like another's id. That id still means the other, also when it is gone."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        gone, stranger = wire.spawn("exit_with", 0), wire.spawn("exit_with", 1, name="stranger")
+        for each in (gone, stranger):
+            wire.ended(each)
+    server.close()
+    with sqlite3.connect(str(server.state_dir / "registry.db")) as db:
+        for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
+            for _, column, *_ in db.execute(f"PRAGMA table_info({table})").fetchall():
+                db.execute(f"UPDATE {table} SET {column} = replace({column}, '\"stranger\"', ?) "
+                           f"WHERE typeof({column}) = 'text'", (json.dumps(gone),))
+    db.close()
+    again = start_server(state_dir=server.state_dir)
+    with LineWire(again.socket_path) as wire:
+        assert wire.info(stranger)["name"] == gone
+        assert wire.info(gone)["id"] == gone
+        wire.control(gone, "remove")
+        for ref in (gone, gone.upper()):
+            wire.cannot("agent_not_found", ref, "get_status")
+            batch = wire.ask("batch_control_command", agent_ids=[ref], command_type="remove")
+            assert batch["error_code"] == "agent_not_found"
+        events = wire.ok("events_request", agent_id=gone)["events"]
+        assert events and {event["agent_id"] for event in events} == {gone}
+        wire.control(stranger, "restart")  # under its id it goes on
+        wait_until(lambda: wire.info(stranger)["attempt"] == 2 and wire.status(stranger) == "failed")
+
+
 def test_a_registry_of_the_first_version_is_taken_over(start_server: Callable[..., Server]) -> None:
     """Its agents had a column more, and there was no table of what was begun."""
     server = start_server()

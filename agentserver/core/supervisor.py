@@ -15,7 +15,7 @@ from typing import Callable, Iterable, Iterator, Mapping, Sequence
 from ..config import ServerConfig
 from ..errors import RequestError
 from ..messages import AgentConfig
-from ..wire import Json, new_id, read, rfc3339, to_wire
+from ..wire import Json, is_id, new_id, read, rfc3339, to_wire
 from . import lifecycle, tree
 from .agent import Agent, new_record
 from .counters import Counters
@@ -85,7 +85,8 @@ class Supervisor:
         agent = self.agents.get(ref)
         if agent is not None:
             return agent
-        named = [agent for agent in self.agents.values() if agent.name == ref]
+        # what has the form of an id means only that agent, also when it is forgotten; older versions let a name be such
+        named = [agent for agent in self.agents.values() if agent.name == ref and not is_id(ref)]
         alive = [agent for agent in named if agent.id not in self._finished]
         finished = [agent for agent in named if agent.id in self._finished][-1:]
         starting = [agent for agent in self.agents.values() if len(ref) >= 4 and agent.id.startswith(ref)]
