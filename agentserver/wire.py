@@ -209,10 +209,15 @@ def map_of(inner: Check) -> Check:
 
 
 def environment(value: Any, where: str) -> dict[str, str]:
-    """Names and values for environ(7). The sentence of an error never shows a value."""
-    for name, item in mapping(value, where).items():
-        if not name or "=" in name:
-            raise RequestError(f"{where} has the name {name!r}; a name is not empty and has no '='")
+    """Names and values for environ(7). The sentence of an error never shows a value, nor what may be one."""
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} must be an object: name -> value")
+    for name, item in value.items():
+        if not name:
+            raise RequestError(f"{where} has the name ''; a name is not empty")
+        if "=" in name:
+            raise RequestError(f"{where} has a name with '=' in it, after {name.partition('=')[0][:60]!r}; give the "
+                               "value apart from its name")
         os_text()(name, f"a name in {where}")
         if not isinstance(item, str):
             raise RequestError(f"{where}.{name} must be text")

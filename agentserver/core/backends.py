@@ -190,7 +190,7 @@ class _Section:
     def _variables(self, key: str, values: Mapping[str, str]) -> Dict[str, str]:
         for name in values:
             if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", str(name)):  # it also becomes the name of a file
-                raise self.wrong(key, f"{key} has {name!r}, which is no name of a variable")
+                raise self.wrong(key, f"{key} has {str(name).partition('=')[0]!r}, which is no name of a variable")
         try:
             return wire.environment(dict(values), key.partition(".")[0])
         except RequestError as e:

@@ -12,7 +12,6 @@ and an error of exec comes back as an errno. All our descriptors are close-on-ex
 """
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import signal
@@ -22,7 +21,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 
 from ..errors import RequestError
-from . import terminal
+from . import refusal, terminal
 from .inherited import Inherited, around_start
 
 T = TypeVar("T")
@@ -234,15 +233,14 @@ def _in_directory(cwd: str, argv: Sequence[str], environment: Mapping[str, str],
         try:
             os.chdir(cwd)
         except OSError as e:
-            raise RequestError(f"cannot start in the directory {cwd!r}: {os.strerror(e.errno or 0)}; "
-                               "give a cwd that exists on the server", "spawn_failed") from None
+            raise RequestError(refusal.no_directory(cwd, e), "spawn_failed") from None
         program = _find(argv[0], environment)
         try:
             with around_start(inherited):
                 return os.posix_spawn(program, list(argv), environment, file_actions=actions, setsid=True,
                                       setsigmask=(), setsigdef=_DEFAULT_SIGNALS)
         except OSError as e:
-            raise RequestError(_why_not(e, program, argv, environment), "spawn_failed") from None
+            raise RequestError(refusal.why_not(e, program, argv, environment), "spawn_failed") from None
         except UnicodeEncodeError as e:
             raise RequestError(f"the server's locale cannot express an argument or a variable ({e.encoding}); start "
                                "it with a UTF-8 locale", "spawn_failed") from None
@@ -265,31 +263,9 @@ def _find(program: str, environment: Mapping[str, str]) -> str:
             if os.access(candidate, os.X_OK):
                 return candidate
             blocked = blocked or candidate
-    return blocked or _missing(program, path)
-
-
-def _missing(program: str, path: str) -> str:
-    shown = program if len(program) <= 200 else program[:200] + "…"
-    raise RequestError(f"there is no program {shown!r} on the agent's PATH ({path}); give its full path, or "
-                       "the PATH it is on in config.environment", "spawn_failed")
-
-
-def _why_not(e: OSError, program: str, argv: Sequence[str], environment: Mapping[str, str]) -> str:
-    shown = repr(program if len(program) <= 200 else program[:200] + "…")
-    if e.errno == errno.ENOENT and os.path.exists(program):
-        return f"{shown} cannot be executed: the interpreter named in its first line does not exist"
-    if e.errno == errno.ENOENT:
-        return f"there is no program {shown}"
-    if e.errno == errno.EACCES:
-        return f"{shown} is not executable for the server's user; chmod +x it, or run it by its interpreter"
-    if e.errno == errno.ENOEXEC:
-        return f"{shown} is not a program: it has neither a known format nor a first line such as #!/bin/sh"
-    if e.errno == errno.E2BIG:
-        size = sum(len(os.fsencode(a)) + 1 for a in argv) + sum(
-            len(os.fsencode(k + v)) + 2 for k, v in environment.items())
-        return (f"the arguments and the environment have {size} bytes, more than this system passes to a program "
-                "(execve(2): E2BIG); hand large input over by stdin or a file")
-    return f"{shown} could not be started: {os.strerror(e.errno or 0)}"
+    if not blocked:
+        raise RequestError(refusal.no_program(program), "spawn_failed")
+    return blocked
 
 
 # ---------------------------------------------------------------- signals
