@@ -414,6 +414,18 @@ def test_the_look_at_new_code_is_nobodys_stray(interrupted: Interrupted) -> None
     os.kill(check, signal.SIGCONT)
 
 
+def test_new_code_that_does_not_load_holds_nobody_up(start_server: Callable[..., Server], run_dir: Path) -> None:
+    """The keeper hears of everything while its new code is tried, and gives it up when it is told to end."""
+    package = copied(short_dir(run_dir))
+    server = start_server(program=[sys.executable, str(package / "__main__.py")], environ={"PYTHONPATH": ""})
+    with open(package / "core" / "keeper.py", "a") as file:
+        file.write("\nimport sys\n'_check' not in sys.argv or time.sleep(1000)\n")
+    reload(server, by_request)
+    wait_until(lambda: any(each.endswith("_check") for each in marked_processes(server.mark).values()), what="a trial")
+    kill_core(server)
+    assert server.stop() == 0
+
+
 def test_a_keeper_sleeps_while_a_successor_comes(interrupted: Interrupted) -> None:
     successor = interrupted.reload('with held("core.lock")')
     os.kill(interrupted.core, signal.SIGKILL)

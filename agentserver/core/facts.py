@@ -28,6 +28,12 @@ class Facts:
         self.listened: Json = {}
         self._json = b""
         self._reload_failed = ""
+        self._parts: Json = dict(started.get("parts", {}))
+
+    def set_parts(self, told: Json) -> None:
+        """Note what the keeper tells of the server's parts: which one stands still, which one it had to kill."""
+        self._parts = told
+        self._json = b""
 
     def set_reload_failed(self, why: str) -> None:
         """Note why the last reload failed, "" if it did not."""
@@ -71,6 +77,8 @@ class Facts:
                 "pid": str(self._keeper_pid),
                 "shell_pid": str(self._shell_pid() or ""), "core_pid": str(os.getpid()),
                 "generation": str(self.generation), "reload_failed": self._reload_failed,
+                "stands_still": str(self._parts.get("stands_still", "")),
+                "last_killed": str(self._parts.get("last_killed", "")),
                 "state_dir": config.state_dir,
                 "status_update_interval_secs": f"{config.status_update_interval_secs:g}"}
 

@@ -19,6 +19,7 @@ from .process import Ended
 from .tree import Proc
 
 ENDS_MOST = 10_000
+AGAIN_SECS = 2.0  # between two tries to have descriptors for which there was no room
 
 
 class Held:
@@ -28,6 +29,7 @@ class Held:
         self._manager = manager
         self._fds: dict[str, dict[str, int]] = {}
         self._lost: set[str] = set()  # agents of which we had no room for a descriptor
+        self._lost_at = 0.0           # when to ask for them next
         self._ends: dict[int, list[object]] = {}
         for both, fd in stored.items():
             agent_id, dot, name = both.partition(".")
@@ -58,9 +60,11 @@ class Held:
         elif "known" in word:
             self._ends.pop(word["known"], None)
 
-    def lost(self) -> list[str]:
-        """Return of which agents a descriptor was lost since the last call: the core has to give it to us again."""
-        lost, self._lost = sorted(self._lost), set()
+    def lost(self, now: float) -> list[str]:
+        """Return of which agents a descriptor was lost, for the core to give it to us again; not all the time."""
+        if not self._lost or now < self._lost_at:
+            return []
+        lost, self._lost, self._lost_at = sorted(self._lost), set(), now + AGAIN_SECS
         return lost
 
     def drop(self) -> None:

@@ -20,20 +20,18 @@ import time
 from typing import Callable
 
 from ..config import ServerConfig
-from ..errors import AgentServerError, StartError
+from ..errors import StartError
 from . import process, tree
 from .channel import Json
-from .framing import KEEPER
+from .finding import find
 from .held import Held
-from .link import dial
-from .lock import held_by_another
 from .log import Log
 from .notify import Notify, stored
-from .part import Part, can_start
-from .renew import become, stamp
+from .part import Part
+from .pulse import Pulse
+from .renew import Trial, become, stamp
 
 WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
-ADOPT_SECS = 10.0            # for a core that is just beginning, or ending, to answer a keeper that found it
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
 RELOAD_SECS = 60.0           # for a successor to serve, before it is killed and the core before it goes on
 
@@ -55,6 +53,9 @@ class Keeper:
         self._next: Part | None = None     # a successor of the core, while a reload is under way
         self._why = ""                     # it failed, the last time that one did
         self._before: Part | None = None   # the core that a successor has replaced, until it has left
+        self._pulse = Pulse(self._stands_still)
+        self._told: Json = {}              # what of the parts the core is to tell whoever asks
+        self._trial: Trial | None = None   # a look at our own new code that is under way
         self._announced = False
         self._serves = False    # the server has been up, perhaps before us: whatever we cannot do, its agents live on
         self._stopping = 0.0    # monotonic time by which the core has to be gone
@@ -113,38 +114,22 @@ class Keeper:
 
     def _adopt(self) -> None:
         """If a core is there that lost its keeper, be its keeper. It gives us copies of all it holds."""
-        until = time.monotonic() + ADOPT_SECS
-        while held_by_another(os.path.join(self._config.state_dir, "core.lock")):
-            try:
-                word = self._call()
-                break
-            except (AgentServerError, OSError, EOFError):  # it is just beginning, or ending
-                if self._core.channel is not None:
-                    self._core.channel.close()
-                    self._core.channel = None
-                if time.monotonic() >= until:
-                    raise StartError(f"{self._config.state_dir} is held by a core that does not answer; see core.log "
-                                     "there") from None
-                time.sleep(ADOPT_SECS / 100)
-        else:
+        found = find(self._config.state_dir, self._wake)
+        if found is None:
             return
+        word = found.word
+        self._core.adopt(found.channel, word)
+        self._held.drop()
         self._serves = True
         self._notify.ready()  # not when the shell is: what it waits for, the manager may not wait for
         self._started_at, self._generation = float(word["started_at"]), int(word["generation"])
         if self._shell is not None:
             self._shell.endpoints = {k: v for k, v in word["shell"].items() if k.endswith("endpoint")}
-
-    def _call(self) -> Json:
-        """Become the keeper of the core that is there; return what it says of the server."""
-        sock = dial(os.path.join(self._config.state_dir, "core.sock"))
-        sock.sendall(KEEPER)
-        word = self._core.adopt(sock)
-        self._held.drop()
-        return word
+        self._hear(self._core, found.words)
 
     def _hello(self, **more: object) -> Json:
         return {"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
-                "keeper_pid": os.getpid(), "nofile": self._nofile, "holds_listeners": True, **more}
+                "keeper_pid": os.getpid(), "nofile": self._nofile, "holds_listeners": True, "parts": self._told, **more}
 
     def _start(self, part: Part) -> None:
         part.start(self._hello(**part.endpoints))
@@ -205,6 +190,8 @@ class Keeper:
         due = [part.again_at for part in self._missing()] + self._notify.due
         due += [self._stopping] if self._stopping else []
         due += [self._next.began + RELOAD_SECS] if self._next is not None and self._next.pid else []
+        due += [self._trial.until] if self._trial is not None and self._trial.code is None else []
+        due += self._pulse.due(self._watched)
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         channels = {part.channel.fileno(): part for part in self._everyone if part.channel is not None}
@@ -217,7 +204,38 @@ class Keeper:
             else:
                 self._on_signals(self._wake.recv(4096))
         self._notify.work()
+        self._look_after_parts()
         self._kill_overdue(time.monotonic())
+
+    @property
+    def _watched(self) -> list[Part]:
+        """Return the parts that have to answer. A shell waits for its core before it serves, and is not needed at the
+        server's end."""
+        shell = [self._shell] if self._shell is not None and self._core.ready and not self._stopping else []
+        return [part for part in (self._core, *shell) if part.channel is not None and (part.answers or part.starts)]
+
+    def _look_after_parts(self) -> None:
+        """Kill the parts that stand still; their ends come as SIGCHLD. And ask again for what we had no room for."""
+        for part in self._pulse.work(self._watched):
+            stamp_now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            self._told.update(stands_still="", last_killed=f"{stamp_now}: {part.killed}")
+            self._tell_core()
+            process.send(part.pid, signal.SIGKILL)
+        lost = self._held.lost(time.monotonic()) if self._core.channel is not None else []
+        if lost and self._core.channel is not None:
+            self._say(f"there was no room for descriptors of {len(lost)} agents, which a death of the core would cost; "
+                      "raise the limit (ulimit -Hn)")
+            self._core.channel.send({"hold_again": lost})
+
+    def _stands_still(self, part: Part, sentence: str) -> None:
+        """A part does not answer, or ("") does again: say so, and let the core tell whoever asks."""
+        self._say(sentence or f"the {part.name} (process {part.pid}) answers again")
+        self._told["stands_still"] = sentence
+        self._tell_core()
+
+    def _tell_core(self) -> None:
+        if self._core.channel is not None and self._core.answers:
+            self._core.channel.send({"parts": self._told})
 
     def _kill_overdue(self, now: float) -> None:
         """End the cores that had to be gone, or to serve, by now; their ends come as SIGCHLD."""
@@ -230,15 +248,21 @@ class Keeper:
         elif self._next is not None and self._next.pid and now >= self._next.began + RELOAD_SECS:
             self._next.failed = f"the new core did not serve after {RELOAD_SECS:g} s"
             process.send(self._next.pid, signal.SIGKILL)
+        if self._trial is not None and self._trial.late(now):
+            self._say("the keeper's new code did not load in time")
 
     def _listen_to(self, part: Part) -> None:
         """Take what a part says, to the last word: a dead core's descriptors are still in the socket."""
         channel = part.channel
         assert channel is not None
         channel.flush()
-        for word in channel.receive():
+        self._hear(part, channel.receive())
+
+    def _hear(self, part: Part, words: list[Json | None]) -> None:
+        for word in words:
             if word is None:  # it is dying; its end comes as SIGCHLD
-                channel.close()
+                if part.channel is not None:
+                    part.channel.close()
                 part.channel = None
                 return
             part.hear(word)
@@ -284,30 +308,42 @@ class Keeper:
                 self._shell.stop(again=True)  # it is started again with the new code, on the same endpoints
 
     def _renew(self) -> None:
-        """After a reload: if our own code has changed too, become it, in place; the parts need not notice."""
+        """After a reload: if our own code has changed too, become it, in place; the parts need not notice. Whether it
+        can be loaded, a process of its own finds out first, for which nobody waits."""
         parts = [part for part in self._everyone if part.pid]
         quiet = self._notify.quiet and self._next is None and self._before is None and all(
             part.channel is not None and part.ready and part.channel.quiet for part in parts)
         if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
             return
-        self._renewing = False
         try:
-            found = stamp(process.home())
-            if found == self._stamp:
-                return
-            signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
-            loads, self._renewing = can_start(), self._word_waits()  # first what has come already
-            if loads and not self._renewing:
-                self._become(found)
-            why = "" if loads else "it cannot be loaded"
+            if self._trial is None:
+                found = stamp(process.home())
+                self._renewing = found != self._stamp
+                self._trial = Trial(found) if self._renewing else None
+            elif self._trial.code is not None:
+                code, found, self._trial, self._renewing = self._trial.code, self._trial.found, None, False
+                if code:
+                    self._stay("it cannot be loaded")
+                else:
+                    self._become(found)
         except OSError as e:
-            why = str(e)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        if why:
-            self._say(f"the keeper's own code has changed, and it stays what it was until the next reload: {why}")
+            self._renewing = False
+            self._stay(str(e))
+
+    def _stay(self, why: str) -> None:
+        self._say(f"the keeper's own code has changed, and it stays what it was until the next reload: {why}")
 
     def _become(self, found: tuple[int, ...]) -> None:
+        """Become our newer version, unless something has been said that we have not acted on: then a little later."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
+        try:
+            self._renewing = self._word_waits()  # first what has come already
+            if not self._renewing:
+                self._execute(found)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def _execute(self, found: tuple[int, ...]) -> None:
         held, ends = self._held.state()
         state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
                  "log": self._log, "started_at": self._started_at, "generation": self._generation,
@@ -350,7 +386,7 @@ class Keeper:
         """Let the core that has yielded serve again."""
         core = self._core
         assert core.channel is not None
-        core.yielded = False
+        core.yielded, core.ready, core.asked, core.silent = False, {}, 0, 0.0  # it begins anew
         core.channel.send({"resume": True})
         self._hand_over(core)
         core.channel.send({"reload_failed": self._why})
@@ -378,8 +414,11 @@ class Keeper:
                     return code
         for pid, ended, seen in process.collect(tree.look):
             part = next((part for part in self._everyone if part.pid == pid), None)
-            if part is None:
+            if part is None and self._trial is not None and pid == self._trial.pid:
+                self._trial.code = ended.code if ended.code is not None else -1
+            elif part is None:
                 self._held.ended(pid, ended, seen, self._serving().channel)
+            if part is None:
                 continue
             while part.channel is not None:  # to the end: see _listen_to
                 self._listen_to(part)
@@ -425,13 +464,15 @@ class Keeper:
 
     def _died(self, part: Part, code: int) -> None:
         how = f"with {code}" if code >= 0 else f"by {process.signal_name(-code)}"
-        why = part.failed or f"the {part.name} ended {how}; see {part.name}.log"
+        why = part.killed or part.failed or f"the {part.name} ended {how}; see {part.name}.log"
         if not self._serves:
             raise StartError(why)
         self._say(f"{why}; starting it again")
 
     def _end_parts(self) -> None:
         """Let the parts that still run leave, core first; kill what does not."""
+        if self._trial is not None and self._trial.code is None:
+            process.send(self._trial.pid, signal.SIGKILL)
         for part in self._parts:
             part.stop()
         until = time.monotonic() + PART_STOP_SECS

@@ -34,6 +34,10 @@ class Part:
         self.leaving = False    # it was told to, and another comes in its place
         self.asks_ends = False  # it waits to be told of all ends up to now
         self.ours = True        # our child; else adopted, and only its channel tells of its end
+        self.asked = 0          # the number of the question that it has not answered yet, 0: none; see pulse.py
+        self.silent = 0.0       # for how many seconds of our own running time it has said nothing, though it was to
+        self.still = ""         # what was said of that
+        self.killed = ""        # why we had to kill it
         self.began = 0.0        # monotonic
         self.again_at = 0.0     # when to start it (again)
         self._pause = 0.0
@@ -51,15 +55,13 @@ class Part:
             os.close(log)
         self.channel, self.ready, self.failed, self.ours = Channel(ours), {}, "", True
         self.done = self.yielded = self.leaving = self.asks_ends = False
+        self.asked, self.silent, self.still, self.killed = 0, 0.0, "", ""
         self.channel.send(word, self.listeners)
 
-    def adopt(self, sock: socket.socket) -> Json:
-        """Take over a core whose keeper died, through its own socket; return what it says of the server."""
-        self.channel = Channel(sock)
-        word = self.channel.next()
-        self.pid, self.ours, self.began = int(word["ready"]["pid"]), False, time.monotonic()
+    def adopt(self, channel: Channel, word: Json) -> None:
+        """Take over a core whose keeper died: `word` is the first that it says to us over `channel`."""
+        self.channel, self.pid, self.ours, self.began = channel, int(word["ready"]["pid"]), False, time.monotonic()
         self.hear(word)
-        return word
 
     def dead(self) -> None:
         """It has ended: note when it may be started again."""
@@ -76,12 +78,24 @@ class Part:
 
     def hear(self, word: Json) -> None:
         """Note what it said of itself."""
+        self.silent = 0.0
+        self.asked = 0 if word.get("pong") == self.asked else self.asked
         self.ready = word.get("ready", self.ready)
         if "endpoint" in word.get("ready", ()):
             self._listens(self.ready, whole(word.get("fds", [])))
         self.failed = word.get("failed", self.failed)
         self.done = word.get("done", self.done)
         self.asks_ends = word.get("reap", self.asks_ends)
+
+    @property
+    def answers(self) -> bool:
+        """Whether it serves, and has said that it answers to `ping`."""
+        return bool(self.pid and self.ready.get("answers") and not self.yielded and not self.leaving)
+
+    @property
+    def starts(self) -> bool:
+        """Whether it was started, and does not serve yet."""
+        return bool(self.pid and not self.ready)
 
     def _listens(self, where: Json, fds: list[int]) -> None:
         for fd in self.listeners:
@@ -114,9 +128,3 @@ class Part:
             self._listens({}, [])
         if self.channel is not None:
             self.channel.send({"stop": True, "again": again})
-
-
-def can_start() -> bool:
-    """Whether the code that is on disk now can be loaded at all; a keeper that could not would be a dead one."""
-    pid = process.start([*process.program(), "_check"], {})
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -1,6 +1,6 @@
 """A process that becomes its own newer version: execve(2) keeps the pid, the children and the descriptors.
 
-Owns:    telling whether our code on disk has changed, and carrying a state over an exec.
+Owns:    telling whether our code on disk has changed and can be loaded, and carrying a state over an exec.
 Runs in: the keeper, the one process that has to stay the parent of what it adopted.
 Unaware: of what the state means.
 """
@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from typing import Iterable, NoReturn
 
+from . import process
 from .channel import Json
+
+TRIAL_SECS = 30.0  # for new code to be loaded, before the one who tries it is killed
 
 
 def stamp(path: str) -> tuple[int, ...]:
@@ -27,6 +32,25 @@ def stamp(path: str) -> tuple[int, ...]:
                 with suppress(OSError):  # it is just being replaced; or an editor's mark, which leads nowhere
                     facts.append(os.stat(os.path.join(folder, name)))
     return len(facts), sum(f.st_size for f in facts), max((f.st_mtime_ns for f in facts), default=0)
+
+
+class Trial:
+    """A process that loads the code which is on disk now, and ends. A keeper that could not load its new code would be
+    a dead one; one that waited for the trial would hear nothing meanwhile, so its end is heard as all others are."""
+
+    def __init__(self, found: tuple[int, ...]) -> None:
+        self.found = found  # the stamp of what is tried
+        self.pid = process.start([*process.program(), "_check"], {})
+        self.until = time.monotonic() + TRIAL_SECS
+        self.code: int | None = None
+
+    def late(self, now: float) -> bool:
+        """End it if it has taken too long; return whether that was so."""
+        if self.code is not None or now < self.until:
+            return False
+        self.until = now + TRIAL_SECS
+        process.send(self.pid, signal.SIGKILL)
+        return True
 
 
 def become(program: list[str], state: Json, fds: Iterable[int]) -> NoReturn:

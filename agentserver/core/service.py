@@ -122,9 +122,12 @@ class Service:
         self.reactor.after(min(TRIM_SECS, self.config.events_secs), self._trim)
         self.supervisor.ending.reap()
         self._go_on_ending()
-        self._keeper.channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id}})
+        self._keeper.channel.send({"ready": self._ready()})
         words, self._keeper.words = self._keeper.words, []
         self._hear([*words, *self._keeper.channel.pending()])
+
+    def _ready(self) -> Json:
+        return {"pid": os.getpid(), "server_id": self._config.server_id, "answers": True}
 
     def _listen(self) -> None:
         """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
@@ -192,6 +195,10 @@ class Service:
             elif word.get("yield"):
                 self.yielded = True
                 self.reactor.stop()
+            elif "ping" in word:
+                self._keeper.channel.send({"pong": word["ping"]})
+            elif "parts" in word:
+                self.facts.set_parts(word["parts"])
             elif "hold_again" in word:
                 self.supervisor.hold_again(word["hold_again"])
             elif "reload_failed" in word:
@@ -207,8 +214,7 @@ class Service:
         self._keeper.channel, self._keeper.pid = channel, caller.pid
         self.facts.set_keeper(self._keeper.pid)
         self._channel_watch = self.reactor.watch(channel.fileno(), READ, self._on_channel)
-        channel.send({"ready": {"pid": os.getpid(), "server_id": self._config.server_id},
-                      "shell": self.facts.listened, "started_at": self.facts.started_at,
+        channel.send({"ready": self._ready(), "shell": self.facts.listened, "started_at": self.facts.started_at,
                       "generation": self.facts.generation})
         self.supervisor.hold_again(self.supervisor.agents)
         self._say("a new keeper has come")

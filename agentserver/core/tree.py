@@ -259,6 +259,24 @@ def is_part(pid: int, keeper: int) -> bool:
         command != b"" and command == _read(f"{_PROC}/{keeper}/cmdline", 4096))
 
 
+def hindered(pid: int) -> str:
+    """Return what keeps a process from running, as the end of a sentence; "" if nothing does that the kernel tells."""
+    proc, tracer = look(pid), _tracer(pid)
+    if tracer:
+        return f"is held by a tracer (process {tracer})"
+    return {"T": "is stopped (SIGSTOP)", "D": "waits in the kernel (state D)"}.get(proc.state if proc else "", "")
+
+
+def held_up(pid: int) -> bool:
+    """Whether a process is held by a tracer, or in a sleep that not even SIGKILL ends."""
+    proc = look(pid)
+    return proc is not None and (proc.state == "D" or _tracer(pid) > 0)
+
+
+def _tracer(pid: int) -> int:
+    return int((_read(f"{_PROC}/{pid}/status", 4096).partition(b"\nTracerPid:")[2].split(None, 1) or [b"0"])[0])
+
+
 def send(proc: Proc, number: int) -> str:
     """Signal a process by identity, never one that took over its pid meanwhile; return what became of it."""
     if proc.pid <= 1 or proc.pid == os.getpid():

@@ -46,6 +46,8 @@ class Kept:
                 self._orphan = True
                 signal.signal(signal.SIGTERM, lambda *_: self._leave())  # a new keeper starts a shell of its own
                 self.wake_fd = self._never.fileno()
+            elif "ping" in word:
+                self._channel.send({"pong": word["ping"]})
             else:
                 self._stopped = self._stopped or bool(word.get("stop"))
                 self.followed = bool(word.get("again", self.followed))
@@ -103,7 +105,8 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
             if loop.meet():
                 (endpoint, pub_endpoint), (files, fds) = front.endpoints, hand_on(front.bound)
                 fds = fds if hello.get("holds_listeners") else []  # an older keeper would keep them open for nobody
-                channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint, "files": files}}, fds)
+                channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint, "files": files,
+                                        "answers": True}}, fds)
                 loop.run()
         finally:
             front.close(owner.followed)
