@@ -23,7 +23,7 @@ from agentserver.config import ServerConfig
 from agentserver.core.channel import Channel, Json
 from agentserver.core.framing import KEEPER
 from agentserver.core.link import dial
-from agentserver.core.lock import held_by_another
+from agentserver.core.lock import held_by_another, lock
 from agentserver.core.part import Part
 from agentserver.core.service import YIELDED
 from agentserver.errors import AgentServerError
@@ -37,6 +37,7 @@ class Core:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = state_dir / "core.sock"
+        self._lock = lock(str(state_dir / "keeper.lock"))  # which is how the core knows a keeper
         config = ServerConfig.from_json({"state_dir": str(state_dir)})
         self._part = Part("core", config)
         self._part.start({"config": config.to_json(), "started_at": time.time(), "generation": 1,
@@ -98,6 +99,7 @@ class Core:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
         self.channel.close()
+        os.close(self._lock)
 
 
 @pytest.fixture(params=[False, True], ids=["first keeper", "next keeper"])
