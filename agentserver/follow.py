@@ -144,7 +144,7 @@ class _Stream:
         chunk = yield from calls.read(self.agent_id, self.name, asked, most)
         self.done = chunk.eof
         if chunk.dropped:
-            yield self._item(OutputDropped(self.agent_id, self.name, asked, chunk.offset))
+            yield self._item(OutputDropped(self.agent_id, self.name, asked, chunk.offset, chunk.dropped_reason))
         if chunk.data:
             yield self._item(replace(chunk, dropped=0))
         if chunk.data or chunk.dropped:

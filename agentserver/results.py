@@ -150,6 +150,7 @@ class Chunk(Result):
     next_offset: int = 0
     first_offset: int = 0
     dropped: int = 0
+    dropped_reason: str = ""
     eof: bool = False
     times: List[Tuple[str, int]] = field(default_factory=list)
 
@@ -202,6 +203,7 @@ class OutputDropped:
     stream: str
     from_offset: int
     to_offset: int
+    reason: str = field(default="", compare=False)  # output_cap, disk, file_gone, unknown
     data = b""
 
     @property
@@ -218,6 +220,11 @@ class OutputDropped:
     def dropped(self) -> int:
         """How many bytes are gone."""
         return self.to_offset - self.from_offset
+
+    @property
+    def dropped_reason(self) -> str:
+        """Why, as a chunk says it."""
+        return self.reason
 
 
 class EventsPage(NamedTuple):

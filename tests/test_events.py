@@ -169,6 +169,8 @@ def test_output_past_the_cap_is_told_and_does_not_flush_the_history(start_server
         events = [event for event in of(wire, burst) if "output_dropped" in event["data"]]
         assert len(events) <= 4, "hundreds of segments went"
         assert {e["update_type"] for e in events} == {"status_changed"}
+        assert {e["data"]["output_dropped"]["reason"] for e in events} == {"output_cap"}
+        assert wire.read(burst, offset=0)["dropped_reason"] == "output_cap"
         assert all(later["timestamp"][:-8] != before["timestamp"][:-8] or _apart(before, later) >= 0.99
                    for before, later in zip(events, events[1:]))
 
@@ -232,6 +234,20 @@ def test_bytes_that_the_disk_did_not_take(server: Server) -> None:
         assert event["update_type"] == "error" and "could not be recorded" in event["message"]
         chunk = wire.read(burst, offset=most)
         assert chunk["dropped"] == 3_000_006 - most and chunk["eof"]
+
+
+def test_output_that_no_disk_took_from_the_first_byte_on_is_not_blamed_on_the_cap(server: Server) -> None:
+    (server.state_dir / "agents").touch()  # no directory of an agent can be made
+    with LineWire(server.socket_path) as wire:
+        burst = wire.spawn("burst", 1000, 0, ready=False)
+        wire.ended(burst)
+        wait_until(lambda: covered(drops(wire, burst), "stdout")[-1][1] == 1006)
+        event = told(wire, burst, lambda e: "output_dropped" in e["data"])
+        lost = event["data"]["output_dropped"]
+        assert (lost["stream"], lost["from_offset"], lost["reason"]) == ("stdout", 0, "disk")
+        assert event["update_type"] == "error" and "could not be recorded" in event["message"]
+        chunk = wire.read(burst, offset=0)
+        assert (chunk["dropped"], chunk["dropped_reason"]) == (1006, "disk")
 
 
 # ---------------------------------------------------------------- kept before told

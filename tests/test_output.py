@@ -388,15 +388,6 @@ def test_a_segment_cut_while_the_log_was_closed_stays_out_of_the_way(place: str)
     log.close()
 
 
-def test_delete_removes_all(place: str) -> None:
-    log = OutputLog(place, CAP)
-    log.append("stdout", b"x")
-    log.close()
-    assert OutputLog.delete(place) and not os.path.exists(place)
-    assert OutputLog.delete(place)
-    Path(place, "inner").mkdir(parents=True)
-    assert not OutputLog.delete(place)
-
 
 # ---------------------------------------------------------------- a disk that fails
 
@@ -523,6 +514,40 @@ def test_the_end_outlives_a_gap(place: str, monkeypatch: pytest.MonkeyPatch) -> 
     disk.room = None
     log.append("stdout", b"new")
     assert everything(log, "stdout") == [(0, b"kept"), (8, b"new")]
+    log.close()
+
+
+def test_why_bytes_are_gone(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, clock = Disk(monkeypatch), Clock()
+    log = OutputLog(place, CAP, now=clock)
+
+    def why(stream: str, offset: int) -> str:
+        got = log.read(stream, offset, 1)
+        return log.why_dropped(stream, got) if got.dropped else ""
+
+    disk.room = 0
+    log.append("stdout", b"lost")
+    assert why("stdout", 0) == "disk"
+    disk.room = None
+    clock.at += 2
+    log.append("stdout", b"x" * 1000)
+    assert why("stdout", 0) == "disk" and log.gone("stdout", 0) == ("disk", 4) and why("stdout", 4) == ""
+    log.append("stdout", b"x" * 2 * CAP)
+    first = log.span("stdout")[0]
+    assert first > CAP and why("stdout", 4) == "output_cap" and log.capped == {"stdout": first}
+    disk.room = 0
+    log.append("stdout", b"lost")
+    disk.room = None
+    clock.at += 2
+    log.append("stdout", b"kept")
+    assert why("stdout", log.span("stdout")[1] - 6) == "disk"
+    log.close()
+    capped, log = log.capped, OutputLog(place, CAP, now=clock)
+    assert why("stdout", 0) == "unknown" and log.gone("stdout", 0) == ("unknown", first)
+    log.recall(capped)
+    assert why("stdout", 0) == "output_cap"
+    Path(place, names(place, "stdout")[0]).unlink()
+    assert why("stdout", first) == "file_gone"
     log.close()
 
 

@@ -50,8 +50,13 @@ def followed(agent_id: str, stream: str, what: Chunk | OutputDropped) -> Iterato
 def tell_gap(agent_id: str, stream: str, chunk: Chunk | OutputDropped) -> None:
     """Say on stderr that bytes, before a chunk or in its place, are no longer kept."""
     if chunk.dropped:
-        exits.note(f"{show.size(chunk.dropped)} of {stream} of {agent_id[:8]} are missing here: the oldest output "
-                   "goes when an agent's cap is reached")
+        exits.note(f"{show.size(chunk.dropped)} of {stream} of {agent_id[:8]} are missing here: "
+                   + _WHY_GONE.get(chunk.dropped_reason, "they were dropped for the agent's cap, or not recorded"))
+
+
+_WHY_GONE = {"output_cap": "the oldest output goes when an agent's cap is reached",
+             "disk": "the server's disk did not take them, it was full or failed",
+             "file_gone": "the file that they were in is gone, or is not a file any more"}
 
 
 def in_order(streams: Iterable[Iterable[Piece]]) -> Iterator[Piece]:

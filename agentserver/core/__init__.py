@@ -5,6 +5,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     framing     messages cut from a stream                        pure
     lifecycle   the statuses and how they follow each other       pure
     backends    from a request to argv, environment, stdin        pure
+    files       files where an agent may have put something else
     index       when it was written
     segments    where the bytes of one stream lie
     output      what an agent wrote, by absolute offset

@@ -25,7 +25,7 @@ STORED: dict[str, Any] = {
     "attempt": int, "pid": (int, _NONE), "start": (int, _NONE), "boot": str, "created_at": _NUMBER,
     "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
     "still": dict, "began": _NUMBER, "ending": (dict, _NONE), "signalled": dict,
-    "stdin_file": int, "stdin_end": int, "stdin_closing": bool, "told": dict}
+    "stdin_file": int, "stdin_end": int, "stdin_closing": bool, "told": dict, "capped": dict}
 
 
 class Agent:
@@ -68,6 +68,7 @@ class Agent:
     stdin_end: int
     stdin_closing: bool
     told: dict[str, list[int]]  # see losses.py
+    capped: dict[str, int]      # see segments.py
 
     def __init__(self, agent_id: str, output: OutputLog, record: Json) -> None:
         self.id, self.output = agent_id, output
@@ -79,6 +80,7 @@ class Agent:
         self._json, self._spans = "", ((0, 0), (0, 0))
         for key in STORED:
             setattr(self, key, record[key])
+        output.recall(self.capped)
 
     def record(self) -> Json:
         """Return what is stored, with the fields that another version wrote."""
@@ -167,5 +169,5 @@ def new_record(**known: Any) -> Json:
     record: Json = {key: None for key in STORED}
     record.update({"status": lifecycle.IDLE, "want": "up", "attempt": 1, "boot": "", "finish": "", "began": 0.0,
                    "tag": 0, "not_permitted": [], "still": {}, "signalled": {}, "stdin_file": 0, "stdin_end": 0,
-                   "stdin_closing": False, "told": {}, **known})
+                   "stdin_closing": False, "told": {}, "capped": {}, **known})
     return record

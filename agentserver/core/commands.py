@@ -170,6 +170,8 @@ class Commands:
         reply: Json = {"data": text if data else None, "encoding": encoding, "bytes": len(data), "offset": got.offset,
                        "next_offset": next_offset, "first_offset": got.first_offset, "dropped": got.dropped,
                        "eof": over and next_offset >= end}
+        if got.dropped:
+            reply["dropped_reason"] = agent.output.why_dropped(stream, got)
         if not data:
             reply["message"] = "the stream has ended" if reply["eof"] else "nothing new"
         if payload.times:

@@ -13,9 +13,11 @@ import os
 import struct
 from typing import Callable, Iterator
 
+from .files import is_other, open_file, read_file, remove, size_of
+
 SEGMENT_BYTES = 4 * 1024 * 1024
 LEAST_SEGMENT = 4096
-OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC   # never O_APPEND: splice refuses it
+OPEN = os.O_RDWR | os.O_CREAT   # never O_APPEND: splice refuses it
 
 _RECORD = struct.Struct("<QQQ")     # microseconds since the epoch, end of stdout, end of stderr
 TIME, STDOUT, STDERR = range(3)     # its columns
@@ -56,10 +58,10 @@ class Index:
 
     def _open(self) -> None:
         self.close()
-        if self._size + _RECORD.size > self._limit:
+        if self._size + _RECORD.size > self._limit or is_other(self._directory, _name(self._numbers[-1])):
             self._numbers.append(self._numbers[-1] + 1)
             self._size = 0
-        self._fd = os.open(self._path(self._numbers[-1]), OPEN, 0o600)
+        self._fd = open_file(self._directory, _name(self._numbers[-1]), OPEN)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -80,10 +82,10 @@ class Index:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        path = self._path(self._numbers.pop(0))
+        name = _name(self._numbers.pop(0))
         try:
-            self.total -= os.stat(path).st_size
-            os.unlink(path)
+            self.total -= size_of(self._directory, name)
+            remove(self._directory, name)
         except OSError:
             pass
         if len(self._numbers) == 1:
@@ -133,35 +135,27 @@ class Index:
         """Return the whole records of one file."""
         most = self._size if number == self._numbers[-1] else SEGMENT_BYTES
         try:
-            data = read_file(self._path(number), 0, most) if most else b""
+            data = read_file(self._directory, _name(number), 0, most) if most else b""
         except OSError:
             return b""
         return data[:len(data) // _RECORD.size * _RECORD.size]
 
     def _last(self, number: int) -> tuple[int, int, int]:
-        path = self._path(number)
+        name = _name(number)
         try:
-            size = self._size if number == self._numbers[-1] else os.stat(path).st_size
-            count = size // _RECORD.size
-            return _record(read_file(path, (count - 1) * _RECORD.size, _RECORD.size), 0) if count else _NO_RECORD
+            size = self._size if number == self._numbers[-1] else size_of(self._directory, name)
+            at = (size // _RECORD.size - 1) * _RECORD.size
+            return _record(read_file(self._directory, name, at, _RECORD.size), 0) if at >= 0 else _NO_RECORD
         except (OSError, struct.error):
             return _NO_RECORD
 
-    def _path(self, number: int) -> str:
-        return f"{self._directory}/index.{number:020d}"
+
+def _name(number: int) -> str:
+    return f"index.{number:020d}"
 
 
 def _record(data: bytes, position: int) -> tuple[int, int, int]:
     return _RECORD.unpack_from(data, position * _RECORD.size)
-
-
-def read_file(path: str, position: int, count: int) -> bytes:
-    """Return up to `count` bytes of a file."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.pread(fd, count, position)
-    finally:
-        os.close(fd)
 
 
 def quietly(call: Callable[..., object], *args: object) -> None:

@@ -13,8 +13,11 @@ from .agent import Agent
 from .feed import Feed
 from .reactor import Reactor, Timer
 from .run import STREAMS
+from .segments import DISK, OUTPUT_CAP, UNKNOWN
 
 LEAST_SECS = 1.0   # between two events of one agent
+_WHY = {OUTPUT_CAP: "were dropped: the oldest output goes when output_cap_bytes are full",
+        UNKNOWN: "are gone: dropped for output_cap_bytes, or not recorded by a full disk; the core that knew has died"}
 MOST_SECS = 60.0   # the same while an agent goes on losing output: each pause is twice as long as the one before
 
 
@@ -25,6 +28,7 @@ class Loss(NamedTuple):
     start: int
     stop: int
     oldest: bool    # they lie before all that is kept; else between kept ones, or at the end
+    reason: str     # see segments.py
 
 
 class Losses:
@@ -59,17 +63,18 @@ class Losses:
         self._pauses[agent.id] = self._reactor.after(pause, lambda: self._tell(agent, longer))
 
     def _event(self, agent: Agent, loss: Loss) -> None:
-        kind, why = "status_changed", "were dropped: the oldest output goes when output_cap_bytes are full"
-        if agent.output.trouble or not loss.oldest:
-            kind, why = "error", f"could not be recorded: {agent.output.trouble or 'the disk failed'}"
+        kind, why = ("status_changed", _WHY[loss.reason]) if loss.reason in _WHY else (
+            "error", f"could not be recorded: {agent.output.trouble or 'the disk was full, or failed'}")
         message = f"{loss.stop - loss.start} bytes of {loss.stream} from offset {loss.start} on {why}"
         if kind == "error":
             self._say(f"{agent.label()}: {message}")
         front, gap = agent.told.get(loss.stream, (0, 0))
+        agent.capped = agent.output.capped
         agent.told = {**agent.told, loss.stream: [loss.stop, gap] if loss.oldest else [front, loss.stop]}
         self._save(agent)
         self._feed.agent_event(agent.id, kind, agent.status, message, {"output_dropped": {
-            "stream": loss.stream, "from_offset": loss.start, "to_offset": loss.stop}})
+            "stream": loss.stream, "from_offset": loss.start, "to_offset": loss.stop,
+            "reason": loss.reason}})
 
 
 def untold(agent: Agent) -> list[Loss]:
@@ -78,7 +83,8 @@ def untold(agent: Agent) -> list[Loss]:
     for stream in STREAMS:
         front, gap = agent.told.get(stream, (0, 0))
         first, _end = agent.output.span(stream)
-        found += [Loss(stream, start, stop, False) for start, stop in agent.output.gaps(stream, gap)]
+        found += [Loss(stream, start, stop, False, DISK) for start, stop in agent.output.gaps(stream, gap)]
         if first > front:
-            found.append(Loss(stream, front, first, True))
+            reason, stop = agent.output.gone(stream, front)
+            found.append(Loss(stream, front, stop, True, reason))
     return sorted(found, key=lambda loss: loss.oldest)

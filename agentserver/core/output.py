@@ -14,13 +14,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import sys
 import termios
 import time
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Mapping, NamedTuple
 
-from .index import LEAST_SEGMENT, OPEN, SEGMENT_BYTES, STDERR, STDOUT, TIME, Index, quietly, read_file
-from .segments import Segments, numbered_files
+from .files import NotAFile, is_other, make_directory, open_file, read_file, remove, rename
+from .index import LEAST_SEGMENT, OPEN, SEGMENT_BYTES, STDERR, STDOUT, TIME, Index, quietly
+from .segments import DISK, FILE_GONE, Segments, numbered_files
 
 CHUNK = 128 * 1024
 LEAST_CAP = 8 * LEAST_SEGMENT       # a smaller cap counts as this one
@@ -156,7 +158,8 @@ class OutputLog:
 
     def _fail(self, s: Segments, e: OSError) -> None:
         s.close()
-        self._retry_at = self._now() + RETRY_SECS
+        if not isinstance(e, NotAFile) or e.errno == errno.ENOTDIR:  # else the next file has another name
+            self._retry_at = self._now() + RETRY_SECS
         self.trouble = (f"output cannot be recorded in {self._directory}: {e.strerror or e}; the agent goes on and "
                         "what it writes meanwhile is lost; make the directory writable again, with space in it")
 
@@ -169,8 +172,9 @@ class OutputLog:
             return self._err
         raise ValueError(f"the streams are stdout and stderr, not {name!r}")
 
-    def _path(self, s: Segments, start: int) -> str:
-        return f"{self._directory}/{s.name}.{start:020d}"
+    @staticmethod
+    def _name(s: Segments, start: int) -> str:
+        return f"{s.name}.{start:020d}"
 
     def _ready(self, s: Segments) -> bool:
         """Make sure that `s` has an open segment with room; tell whether it has."""
@@ -189,7 +193,7 @@ class OutputLog:
         s.close()
         if s.size >= self._segment_bytes or s.gap:
             self._begin(s)
-        s.fd = self._create(self._path(s, s.start))
+        s.fd = self._create(self._name(s, s.start))
         size = os.fstat(s.fd).st_size
         if size != s.size:      # cut or extended by a stranger: go on behind both
             s.resize(size)
@@ -202,21 +206,23 @@ class OutputLog:
         s.close()
         self._begin(s)
         try:
-            os.close(self._create(self._path(s, s.start)))
+            os.close(self._create(self._name(s, s.start)))
         except OSError:         # then the end is known as long as we live
             pass
 
-    def _create(self, path: str) -> int:
+    def _create(self, name: str) -> int:
         try:
-            return os.open(path, OPEN, 0o600)
+            return open_file(self._directory, name, OPEN)
         except FileNotFoundError:
-            os.makedirs(self._directory, 0o700, exist_ok=True)
-            return os.open(path, OPEN, 0o600)
+            make_directory(self._directory)
+            return open_file(self._directory, name, OPEN)
 
     def _begin(self, s: Segments) -> None:
         """Leave the last segment behind; the next one starts at the end offset."""
-        if not s.size:          # an empty one only marked the end: move the mark, which needs no space
-            quietly(os.rename, self._path(s, s.start), self._path(s, s.end))
+        mark = self._name(s, s.start)
+        if not s.size and not is_other(self._directory, mark):
+            # an empty one only marked the end: move the mark, which needs no space
+            quietly(rename, self._directory, mark, self._name(s, s.end))
         s.begin()
         if len(s.closed) > SPARE_SEGMENTS + self._cap // self._segment_bytes:
             self._drop_oldest(s)
@@ -231,7 +237,7 @@ class OutputLog:
         self._index.forget(self._out.first, self._err.first)
 
     def _drop_oldest(self, s: Segments) -> None:
-        quietly(os.unlink, self._path(s, s.drop_oldest()))
+        quietly(remove, self._directory, self._name(s, s.drop_oldest()))
         self.losses += 1
 
     def _recover(self) -> None:
@@ -239,6 +245,10 @@ class OutputLog:
         found: dict[str, list[tuple[int, int]]] = {"stdout": [], "stderr": [], "index": []}
         for name, number, status in numbered_files(self._directory):
             if name in found:
+                if not stat.S_ISREG(status.st_mode):  # its place is known, and what was in it is gone
+                    if name != "index":
+                        found[name].append((number, 0))
+                    continue
                 found[name].append((number, status.st_size))
                 if name != "index":
                     self._at = max(self._at, status.st_mtime)
@@ -286,6 +296,15 @@ class OutputLog:
             begin, data = s.next_kept(asked), b""
         return OutputRead(data, begin, begin + len(data), s.first, begin - asked)
 
+    def why_dropped(self, stream: str, read: OutputRead) -> str:
+        """Return why bytes that were asked for are gone, the last of them where there is more than one cause."""
+        s, asked = self._stream(stream), read.offset - read.dropped
+        if read.offset <= s.first:
+            return s.gone(read.offset - 1)[0]
+        if any(start < read.offset <= start + size for start, size in s.segments_from(asked)):
+            return FILE_GONE  # listed, and cannot be read
+        return DISK
+
     def _gather(self, s: Segments, at: int, most: int) -> tuple[int, bytes]:
         """Return the offset of the first byte that can be read at or after `at`, and the bytes from there."""
         begin = s.end
@@ -311,9 +330,9 @@ class OutputLog:
         try:
             if s.fd >= 0 and start == s.start:
                 return os.pread(s.fd, count, position)
-            return read_file(self._path(s, start), position, count)
+            return read_file(self._directory, self._name(s, start), position, count)
         except OSError as e:
-            if e.errno in (errno.ENOENT, errno.EIO):
+            if isinstance(e, NotAFile) or e.errno in (errno.ENOENT, errno.EIO):
                 return b""
             raise
 
@@ -345,18 +364,19 @@ class OutputLog:
         before = self._index.last_before(TIME, round(when * 1e6))
         return max(s.first, min(before[s.column], s.end))
 
-    @staticmethod
-    def delete(directory: str) -> bool:
-        """Remove the directory of a log that is closed; tell whether it is gone."""
-        try:
-            for name in os.listdir(directory):
-                quietly(os.unlink, f"{directory}/{name}")
-            os.rmdir(directory)
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
-        return True
+    def gone(self, stream: str, offset: int) -> tuple[str, int]:
+        """Return why the byte at an offset before the first kept one is gone, and up to where that holds."""
+        return self._stream(stream).gone(offset)
+
+    @property
+    def capped(self) -> dict[str, int]:
+        """The offset of each stream before which bytes went for the cap."""
+        return {s.name: s.capped for s in (self._out, self._err) if s.capped}
+
+    def recall(self, capped: Mapping[str, int]) -> None:
+        """Take over what a core before us knew of that."""
+        for s in (self._out, self._err):
+            s.capped = max(s.capped, capped.get(s.name, 0))
 
 
 def _holds_bytes(fd: int) -> bool:

@@ -9,15 +9,20 @@ from __future__ import annotations
 import os
 from typing import Iterator
 
+from .files import listed
 from .index import quietly
 
 MAX_OFFSET = 2 ** 63 - 1
+#: why bytes are gone: the oldest go for the cap; the disk did not take them; something else has the name of their file;
+#: nobody knows, as the core that knew has died
+OUTPUT_CAP, DISK, FILE_GONE, UNKNOWN = "output_cap", "disk", "file_gone", "unknown"
 
 
 class Segments:
     """What is kept of one stream: closed segments, then the last one, which is open while it is written."""
 
-    __slots__ = ("name", "column", "splice", "fd", "closed", "start", "size", "first", "end", "kept")
+    __slots__ = ("name", "column", "splice", "fd", "closed", "start", "size", "first", "end", "kept", "capped",
+                 "unknown")
 
     def __init__(self, name: str, column: int, splice: bool) -> None:
         self.name = name
@@ -28,6 +33,8 @@ class Segments:
         self.start = self.size = 0                  # of the last segment
         self.first = self.end = 0                   # offsets
         self.kept = 0                               # bytes in all segments
+        self.capped = 0                             # offset before which bytes went for the cap
+        self.unknown = 0                            # before which nobody knows why bytes are gone: those of a dead core
 
     @property
     def gap(self) -> bool:
@@ -59,6 +66,7 @@ class Segments:
     def drop_oldest(self) -> int:
         start, size = self.closed.pop(0)
         self.kept -= size
+        self.capped = start + size
         self._find_first()
         return start
 
@@ -72,6 +80,14 @@ class Segments:
             self.end = self.start + self.size
         self.kept = self.size + sum(size for _, size in self.closed)
         self._find_first()
+        self.unknown = self.first
+
+    def gone(self, offset: int) -> tuple[str, int]:
+        """Return why the byte at an offset before the first kept one is gone, and up to where that holds."""
+        for reason, end in ((OUTPUT_CAP, self.capped), (UNKNOWN, self.unknown)):
+            if offset < end:
+                return reason, min(end, self.first)
+        return DISK, self.first
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -100,22 +116,8 @@ class Segments:
 
 
 def numbered_files(directory: str) -> Iterator[tuple[str, int, os.stat_result]]:
-    """Yield (name, number, status) of every file that is called like one of ours."""
-    try:
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                name, _, digits = entry.name.partition(".")
-                if len(digits) == 20 and digits.isascii() and digits.isdigit() and int(digits) <= MAX_OFFSET:
-                    status = _status(entry)
-                    if status is not None:
-                        yield name, int(digits), status
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-
-
-def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Return None of a file that was dropped meanwhile: a process that only reads looks while the core writes."""
-    try:
-        return entry.stat(follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+    """Yield (name, number, status) of all that is called like a file of ours, whatever it is."""
+    for called, status in listed(directory):
+        name, _, digits = called.partition(".")
+        if len(digits) == 20 and digits.isascii() and digits.isdigit() and int(digits) <= MAX_OFFSET:
+            yield name, int(digits), status

@@ -9,7 +9,6 @@ by the next one (takeover.py).
 """
 from __future__ import annotations
 
-import os
 import time
 from typing import Callable, Mapping
 
@@ -18,6 +17,7 @@ from ..errors import RequestError
 from ..messages import AgentConfig
 from . import backends, process, tree
 from .agent import Agent
+from .files import make_directory, new_file
 from .inherited import Inherited
 from .registry import Ask, Registry
 from .takeover import Keeper
@@ -90,11 +90,10 @@ def _write_files(directory: str, files: Mapping[str, str]) -> None:
     """Write what an agent is to find in files, for its user's eyes only."""
     try:
         if files:
-            os.makedirs(directory, 0o700, exist_ok=True)
+            make_directory(directory)
         for name, text in files.items():
-            fd = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+            with open(new_file(directory, name), "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(text)
     except OSError as e:
-        raise RequestError(f"the files that the agent is to find cannot be written: {os.strerror(e.errno or 0)}",
+        raise RequestError(f"the files that the agent is to find cannot be written: {e.strerror}",
                            "spawn_failed") from None

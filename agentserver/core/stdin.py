@@ -32,6 +32,8 @@ from typing import Callable, Protocol
 from ..errors import RequestError
 from . import terminal
 from .agent import Agent
+from .files import make_directory, new_file, remove
+from .index import quietly
 from .reactor import WRITE, Reactor, Watch
 
 PIECE = 256 * 1024
@@ -165,9 +167,8 @@ class Stdin:
     def _begin_file(self) -> None:
         agent = self._agent
         directory = self._desk.directory(agent.id)
-        os.makedirs(directory, 0o700, exist_ok=True)
-        path = os.path.join(directory, f"stdin.{agent.stdin_file + 1}")
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        make_directory(directory)
+        file = new_file(directory, f"stdin.{agent.stdin_file + 1}")
         self._drop_file()
         self._file, agent.stdin_file, agent.stdin_end = file, agent.stdin_file + 1, 0
         self._desk.hold(agent.id, f"stdin.{agent.stdin_file}", file)
@@ -239,10 +240,7 @@ class Stdin:
             os.close(self._file)
             self._file = -1
             self._desk.release(self._agent.id, [name])
-            try:
-                os.unlink(os.path.join(self._desk.directory(self._agent.id), name))
-            except OSError:
-                pass
+            quietly(remove, self._desk.directory(self._agent.id), name)
 
 
 def _move(file: int, pipe: int, most: int) -> None:
