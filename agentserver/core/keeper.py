@@ -25,10 +25,11 @@ from . import process, tree
 from .channel import Json
 from .finding import find
 from .held import Held
+from .lock import restore
 from .log import Log
 from .notify import Notify, stored
 from .part import Part
-from .pulse import Pulse
+from .pulse import ASK_SECS, Pulse
 from .renew import Trial, become, stamp
 
 WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
@@ -54,6 +55,7 @@ class Keeper:
         self._why = ""                     # it failed, the last time that one did
         self._before: Part | None = None   # the core that a successor has replaced, until it has left
         self._pulse = Pulse(self._stands_still)
+        self._lock_at, self._lock_lost = 0.0, False
         self._told: Json = {}              # what of the parts the core is to tell whoever asks
         self._trial: Trial | None = None   # a look at our own new code that is under way
         self._announced = False
@@ -221,11 +223,24 @@ class Keeper:
             self._told.update(stands_still="", last_killed=f"{stamp_now}: {part.killed}")
             self._tell_core()
             process.send(part.pid, signal.SIGKILL)
+        self._keep_lock()
         lost = self._held.lost(time.monotonic()) if self._core.channel is not None else []
         if lost and self._core.channel is not None:
             self._say(f"there was no room for descriptors of {len(lost)} agents, which a death of the core would cost; "
                       "raise the limit (ulimit -Hn)")
             self._core.channel.send({"hold_again": lost})
+
+    def _keep_lock(self) -> None:
+        """A cleaner of old files may remove our lock's file; then another `serve` would take itself for the first."""
+        if time.monotonic() < self._lock_at:
+            return
+        self._lock_at = time.monotonic() + ASK_SECS
+        try:
+            restore(self._lock, os.path.join(self._config.state_dir, "keeper.lock"))
+        except (OSError, StartError) as e:
+            if not self._lock_lost:
+                self._say(f"the lock of {self._config.state_dir} was removed and cannot be had again: {e}")
+            self._lock_lost = True
 
     def _stands_still(self, part: Part, sentence: str) -> None:
         """A part does not answer, or ("") does again: say so, and let the core tell whoever asks."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 
 from .process import Ended
 
@@ -20,6 +21,7 @@ class LastWords:
     """See the module; `before` is what the core that died has left: (pid) -> how it ended."""
 
     def __init__(self, path: str) -> None:
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._written = False
         self.before: dict[int, Ended] = {}
@@ -38,6 +40,10 @@ class LastWords:
             pass
         self._written = True
 
+    def restore(self) -> None:
+        """Make the file anew if somebody has removed it."""
+        put_back(self._fd, self._path, os.O_RDWR | os.O_APPEND)
+
     def known(self) -> None:
         """Forget everything: it is in the registry."""
         if self._written or self.before:
@@ -47,3 +53,13 @@ class LastWords:
     def close(self) -> None:
         """Let go of the file."""
         os.close(self._fd)
+
+
+def put_back(fd: int, path: str, flags: int) -> None:
+    """If the file of `fd` is not at `path` any more, make an empty one there, and let `fd` be its descriptor."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return
+    new = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(new, fd, inheritable=False)
+    os.close(new)

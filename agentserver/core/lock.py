@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator
 
 from ..errors import StartError
@@ -18,11 +18,11 @@ _AGAIN_SECS = 0.02
 
 
 @contextmanager
-def held(path: str) -> Iterator[None]:
-    """Hold the lock for a while; raise `StartError` if another process has it."""
+def held(path: str) -> Iterator[int]:
+    """Hold the lock for a while, and yield its descriptor; raise `StartError` if another process has it."""
     fd = lock(path)
     try:
-        yield
+        yield fd
     finally:
         os.close(fd)
 
@@ -38,6 +38,17 @@ def lock(path: str) -> int:
                          f"({os.path.basename(path)} is held); stop that server, or name another directory with "
                          "--state-dir") from None
     return fd
+
+
+def restore(fd: int, path: str) -> None:
+    """If somebody has removed the file of a lock that we hold, make and hold it anew, by the same descriptor: another
+    process could take a lock of that name otherwise. Raise `StartError` if one has."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(fd), os.stat(path)):
+            return
+    new = lock(path)
+    os.dup2(new, fd, inheritable=False)
+    os.close(new)
 
 
 def held_by_another(path: str) -> bool:

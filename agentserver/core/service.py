@@ -30,7 +30,8 @@ from .family import Family
 from .feed import Feed
 from .inherited import Inherited
 from .lastwords import LastWords
-from .lock import held
+from .listener import NAME, Listener
+from .lock import held, restore
 from .log import Log
 from .orphan import end_orphaned
 from .peers import SHELL_LOCK, Caller, Hello, Shell, caller, is_keeper, shell
@@ -54,7 +55,7 @@ class Service:
     """See the module. `started` is what the first keeper told: {config, started_at, generation, …}; `keeper` is who it
     is now; `umask` is what agents get."""
 
-    def __init__(self, started: Json, keeper: Keeper, umask: int, say: Callable[[str], None]) -> None:
+    def __init__(self, started: Json, keeper: Keeper, lock: int, umask: int, say: Callable[[str], None]) -> None:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
         self._say = say
@@ -88,8 +89,8 @@ class Service:
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
         self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
         self._stranger_named = False
-        self._listener: socket.socket | None = None
-        self._inode = 0
+        self._listener: Listener | None = None
+        self._lock, self._trouble = lock, ""
         self.yielded = False  # a successor is ready to take over
         self.kept = Inheritance({}, {})  # what we yielded
 
@@ -130,21 +131,25 @@ class Service:
         return {"pid": os.getpid(), "server_id": self._config.server_id, "answers": True}
 
     def _listen(self) -> None:
-        """Bind inside the directory: a Unix address may have 107 bytes at most (unix(7)). The lock is ours, so
-        a socket that is there belongs to nobody."""
-        if os.path.lexists("core.new"):
-            os.unlink("core.new")
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
-        try:
-            self._listener.bind("core.new")
-        finally:
-            os.umask(before)
-        self._listener.listen(128)
-        os.rename("core.new", "core.sock")  # so that there is one at any moment, for whoever looks
-        self._inode = os.stat("core.sock").st_ino
-        self._listener.setblocking(False)
+        self._listener = Listener()
         self._accepting = self.reactor.watch(self._listener.fileno(), READ, self._accept)
+
+    def _restore(self) -> None:
+        """Put back what somebody has removed: a cleaner of old files, say."""
+        try:
+            if self._listener is not None and not self._listener.there:
+                before, watched = self._listener, self._accepting
+                self._listen()
+                self.reactor.unwatch(watched)
+                before.close(followed=True)
+                self._say(f"{NAME} had been removed, and is there again")
+            restore(self._lock, "core.lock")
+            self._witness.restore()
+            self._last_words.restore()
+        except (OSError, AgentServerError) as e:  # the directory itself has gone, or another server has come
+            if str(e) != self._trouble:
+                self._trouble = str(e)
+                self._say(f"what lies in {self.config.state_dir} cannot be restored: {e}")
 
     def run(self) -> None:
         """Serve until the server's own end, then close everything."""
@@ -155,7 +160,7 @@ class Service:
             connection.send_now()
             connection.close()
         if self._listener is not None:
-            self._close_listener(self._listener)
+            self._listener.close(self.yielded)
         if self.yielded:
             self.kept = Inheritance(self.supervisor.let_go(), {})
         else:
@@ -165,14 +170,6 @@ class Service:
         self._last_words.close()
         self._witness.close()
         self.reactor.close()
-
-    def _close_listener(self, listener: socket.socket) -> None:
-        """A successor puts its socket in the place of ours, which stays until then: to whoever comes meanwhile, the
-        server is not gone."""
-        listener.close()
-        ours = os.path.exists("core.sock") and os.stat("core.sock").st_ino == self._inode
-        if ours and not self.yielded:
-            os.unlink("core.sock")
 
     def _on_channel(self, mask: int) -> None:
         if mask & WRITE:
@@ -195,7 +192,8 @@ class Service:
             elif word.get("yield"):
                 self.yielded = True
                 self.reactor.stop()
-            elif "ping" in word:
+            elif "ping" in word:  # what lies beside us is looked at in the same turn
+                self._restore()
                 self._keeper.channel.send({"pong": word["ping"]})
             elif "parts" in word:
                 self.facts.set_parts(word["parts"])
@@ -297,6 +295,7 @@ class Service:
     def _tick(self) -> None:
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
         self.supervisor.heartbeat()
+        self._restore()
         self.registry.checkpoint()
 
     def _trim(self) -> None:
@@ -308,7 +307,7 @@ class Service:
     def _accept(self, _mask: int) -> None:
         assert self._listener is not None
         try:
-            sock, _ = self._listener.accept()
+            sock = self._listener.accept()
         except OSError as e:  # out of descriptors: let those who wait wait a little longer
             self._say(f"a connection could not be accepted: {e}")
             self.reactor.change(self._accepting, 0)
@@ -386,8 +385,8 @@ def main(sock: socket.socket) -> int:
             channel.send({"standby": True})
         left = inherit(keeper.channel)
         while True:
-            with held("core.lock"):
-                service = Service(started, keeper, umask, say)
+            with held("core.lock") as lock:
+                service = Service(started, keeper, lock, umask, say)
                 service.start(left)
                 service.run()
             if not service.yielded:

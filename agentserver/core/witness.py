@@ -13,11 +13,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .lastwords import put_back
+
 
 class Witness:
     """See the module."""
 
     def __init__(self, path: str) -> None:
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         #: whose child had not begun when the core before us died, "" if it had
         self.before = os.pread(self._fd, 64, 0).decode("ascii", "replace")
@@ -33,6 +36,10 @@ class Witness:
         except OSError as e:
             return e.strerror or str(e)
         return ""
+
+    def restore(self) -> None:
+        """Make the file anew if somebody has removed it: without it no child could begin."""
+        put_back(self._fd, self._path, os.O_RDWR)
 
     def close(self) -> None:
         """Let go of the file."""

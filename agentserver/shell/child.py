@@ -10,10 +10,10 @@ import os
 import signal
 import socket
 import sys
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 from ..core.channel import Channel, Json, whole
-from ..core.lock import await_free, held
+from ..core.lock import await_free, held, restore
 from ..errors import AgentServerError
 from .listening import hand_on, left_behind
 from .server import Front
@@ -34,6 +34,7 @@ class Kept:
         self._stopped = False
         self._orphan = False
         self.wake_fd = channel.fileno()
+        self.tidy: Callable[[], None] = lambda: None  # looked at now and then
 
     def woken(self) -> None:
         """Hear the keeper."""
@@ -47,6 +48,7 @@ class Kept:
                 signal.signal(signal.SIGTERM, lambda *_: self._leave())  # a new keeper starts a shell of its own
                 self.wake_fd = self._never.fileno()
             elif "ping" in word:
+                self.tidy()
                 self._channel.send({"pong": word["ping"]})
             else:
                 self._stopped = self._stopped or bool(word.get("stop"))
@@ -87,6 +89,14 @@ def main(sock: socket.socket) -> int:
     return 0
 
 
+def _keep(fd: int, lock: str) -> None:
+    """Hold our lock anew if its file was removed, so that the core still knows us by it."""
+    try:
+        restore(fd, lock)
+    except (AgentServerError, OSError):  # the directory has gone, or another shell has come
+        pass
+
+
 def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
     from ..config import ServerConfig
     config = ServerConfig.from_json(hello["config"])
@@ -94,7 +104,8 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
     lock = os.path.join(config.state_dir, "shell.lock")
     if again:
         await_free(lock, _REBIND_SECS)
-    with held(lock):
+    with held(lock) as fd:
+        owner.tidy = lambda: _keep(fd, lock)
         front = Front(config, config.state_dir, hello.get("keeper_pid", 0))
         try:
             front.open(
