@@ -15,6 +15,7 @@ from .wire import (
     Json,
     anything,
     boolean,
+    encode_text,
     environment,
     is_id,
     list_of,
@@ -37,12 +38,18 @@ MAX_READ = 4 * 1024 * 1024       # bytes of output in one reply
 DEFAULT_READ = 64 * 1024
 MAX_PATTERN = 4096               # characters of a regular expression
 MAX_ITEMS = 10_000               # agents of one batch, topics of one subscription
+MAX_ARGV = 10_000                # arguments of a command
+MAX_VARIABLES = 10_000           # variables that a request sets
+MAX_LABELS = 1_000               # of one agent, or to choose by
+MAX_PATH = 64 * 1024             # characters of the variable PATH
+MAX_PATH_DIRECTORIES = 1_000     # directories on it: each may have to be looked into
+MAX_SPEC = 1024 * 1024           # bytes of command, texts, environment, labels and metadata together, as JSON
 
 
 # ---------------------------------------------------------------- what an agent is made of
 
 _name = text(256)
-_labels = map_of(text(256))
+_labels = map_of(_name, MAX_LABELS, _name)
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,44 @@ class AgentConfig:
     limits: Optional[Limits] = wire(record(Limits), None)
     grace_secs: Optional[float] = wire(seconds(86400.0), None)
     queue: Any = wire(_later("queue", False), None)
-    labels: Dict[str, str] = wire(_labels, default_factory=dict)
+    labels: Dict[str, str] = wire(map_of(_name), default_factory=dict)
+
+
+def _bound_size(config: AgentConfig, metadata: Json) -> None:
+    """Refuse what would be much to start, to keep, and to give back again and again."""
+    started = _bytes([*(config.command or ()), *config.environment, *config.environment.values()])
+    kept = _bytes([config.task, config.context, config.system_prompt, *config.labels, *config.labels.values()])
+    kept += sum(len(encode_text(value)) for value in (config.agents, metadata) if value)
+    if started > MAX_SPEC:
+        raise RequestError(f"the arguments and the environment have {started} bytes and may have at most {MAX_SPEC}; "
+                           "hand large input over by stdin or a file", "spawn_failed")
+    if started + kept > MAX_SPEC:
+        raise RequestError(f"arguments, environment, task, context, system_prompt, agents, labels and metadata have "
+                           f"{started + kept} bytes together and may have at most {MAX_SPEC}; give it less, and large "
+                           "input by stdin or a file", "message_too_large")
+
+
+def _bytes(texts: List[str]) -> int:
+    return len("".join(texts).encode("utf-8", "surrogatepass"))
 
 
 def _to_spawn(value: Any, where: str) -> AgentConfig:
-    """The config of an agent that is to be made. Fields that are not known are ignored, as those of the message are."""
-    config = read(AgentConfig, mapping(value, where), where)
+    """The config of an agent that is to be made. Fields that are not known are ignored, as those of the message are.
+
+    Its bounds are for new agents: one of a version without them can be started again all the same."""
+    for name, what, most in (("command", "items", MAX_ARGV), ("environment", "variables", MAX_VARIABLES)):
+        given = mapping(value, where).get(name)
+        if isinstance(given, (list, dict)) and len(given) > most:
+            raise RequestError(f"{where}.{name} has {len(given)} {what} and may have at most {most}; hand large input "
+                               "over by stdin or a file")
+    _labels(value.get("labels") or {}, f"{where}.labels")
+    config = read(AgentConfig, value, where)
     if is_id(config.name):
         raise RequestError(f"{where}.name has the form of an agent's id and would be taken for one; choose another")
+    path = config.environment.get("PATH", "")
+    if len(path) > MAX_PATH or path.count(":") >= MAX_PATH_DIRECTORIES:
+        raise RequestError(f"{where}.environment.PATH has {len(path)} characters and {path.count(':') + 1} "
+                           f"directories, and may have at most {MAX_PATH} and {MAX_PATH_DIRECTORIES}")
     return config
 
 
@@ -119,6 +156,9 @@ class SpawnRequest:
     config: AgentConfig = wire(_to_spawn)
     timeout_secs: Optional[float] = wire(seconds(86400.0, zero=False), None)
     metadata: Json = wire(mapping, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _bound_size(self.config, self.metadata)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What travels, before it means anything: strict JSON, checks of values, dataclasses to and from objects.
 
-Owns:    the size and depth of a message, the checks a field can be given, times, ids, bytes as text.
+Owns:    the size, depth and number of values of a message, the checks a field can be given, times, ids, bytes as text.
 Runs in: any thread; it is pure.
 Unaware: of which messages there are (messages.py, results.py).
 
@@ -20,6 +20,8 @@ from .errors import RequestError
 MAX_MESSAGE = 10 * 1024 * 1024   # bytes, both ways; above it: message_too_large
 MAX_WIRE = 11 * 1024 * 1024      # bytes; above it a connection is cut
 MAX_DEPTH = 64
+MAX_VALUES = 100_000             # of one request: commas and opening brackets outside texts
+GLIMPSE_BYTES = 4096             # at the beginning and at the end of a message that is too much to be read
 MAX_INT = 2 ** 63 - 1            # counts and offsets live in 64-bit columns
 
 Check = Callable[[Any, str], Any]
@@ -76,11 +78,46 @@ def _too_deep(value: Any) -> bool:
     return any(isinstance(item, (dict, list)) for item in level)
 
 
+def _separators(raw: bytes) -> int:
+    return raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+
+
+def too_many(raw: bytes, most: int = MAX_VALUES) -> bool:
+    """Tell, without building any, whether JSON holds more than `most` values: items of lists, members of objects.
+
+    All is done by searches that run at the speed of memory, since whoever sent this may have meant harm."""
+    if _separators(raw) <= most:  # texts included: nearly always
+        return False
+    raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # now each quotation mark begins or ends a text
+    if raw.count(b'"') > 4 * (most + 1):  # two for a name and two for its value
+        return True
+    return _separators(b"".join(raw.split(b'"')[::2])) > most
+
+
+def glimpse(raw: bytes, name: str) -> str | None:
+    """Return a member that is text of a message that is too much to be read, if it is near its beginning or its end."""
+    pattern = re.compile(rb'(?<!\\)"%s"\s*:\s*("(?:[^"\\]|\\.)*")' % name.encode("ascii"))
+    found = pattern.search(raw, 0, GLIMPSE_BYTES) or pattern.search(raw, max(0, len(raw) - GLIMPSE_BYTES))
+    try:
+        return str(json.loads(found.group(1))) if found else None
+    except ValueError:
+        return None
+
+
 def decode(raw: bytes, limit: int = MAX_MESSAGE) -> Json:
     """Return the JSON object in `raw`, or raise `RequestError` with a sentence that says what is wrong (RFC 8259)."""
     if len(raw) > limit:
         raise RequestError(f"the message has {len(raw)} bytes and at most {limit} are allowed; "
                            "send less at once", "message_too_large")
+    value = _parsed(raw)
+    if not isinstance(value, dict):
+        raise RequestError("the message must be a JSON object")
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and _too_deep(value):
+        raise RequestError(f"the message is nested deeper than {MAX_DEPTH} levels")
+    return value
+
+
+def _parsed(raw: bytes) -> Any:
     try:
         text = raw.decode("utf-8").strip(" \t\r\n")
         if not text:
@@ -94,18 +131,19 @@ def decode(raw: bytes, limit: int = MAX_MESSAGE) -> Json:
         raise RequestError(f"the message is not valid JSON: {e}") from None
     if end != len(text):
         raise RequestError(f"the message is not one JSON object: something follows it at character {end}")
-    if not isinstance(value, dict):
-        raise RequestError("the message must be a JSON object")
-    if text.count("{") + text.count("[") > MAX_DEPTH and _too_deep(value):
-        raise RequestError(f"the message is nested deeper than {MAX_DEPTH} levels")
     return value
 
 
 # ---------------------------------------------------------------- checks: (value, where) -> value, or RequestError
 
 def _wrong(where: str, wanted: str, value: Any) -> RequestError:
-    shown = _encode(value)
+    shown = _encode(value[:60] if isinstance(value, str) else value)
     return RequestError(f"{where} must be {wanted}, not {shown if len(shown) <= 60 else shown[:57] + '...'}")
+
+
+def _count(value: Any, where: str, what: str, most: int) -> None:
+    if len(value) > most:
+        raise RequestError(f"{where} has {len(value)} {what} and may have at most {most}")
 
 
 def text(most: int = MAX_MESSAGE, least: int = 0) -> Check:
@@ -201,10 +239,14 @@ def list_of(inner: Check, least: int = 0, most: int = MAX_MESSAGE) -> Check:
     return check
 
 
-def map_of(inner: Check) -> Check:
-    """An object whose values all pass `inner`."""
+def map_of(inner: Check, most: int = MAX_MESSAGE, name: Check | None = None) -> Check:
+    """An object of at most `most` members whose values all pass `inner`, and whose names pass `name`."""
     def check(value: Any, where: str) -> dict[str, Any]:
-        return {key: inner(item, f"{where}.{key}") for key, item in mapping(value, where).items()}
+        _count(mapping(value, where), where, "members", most)
+        if name is not None:
+            for key in value:
+                name(key, f"a name in {where}")
+        return {key: inner(item, f"{where}.{key}") for key, item in value.items()}
     return check
 
 

@@ -314,12 +314,12 @@ def test_a_reply_never_exceeds_the_limit(wire: Wire) -> None:
 
 
 def test_a_list_too_long_for_one_reply_is_one_error(wire: Wire) -> None:
-    heavy = [wire.ok("spawn_request", config={"command": agent("sleeper")}, metadata={"ballast": "x" * 6_000_000})
-             ["agent_info"]["id"] for _ in range(2)]
+    heavy = [wire.ok("spawn_request", config={"command": agent("sleeper")}, metadata={"ballast": "x" * 1_000_000})
+             ["agent_info"]["id"] for _ in range(11)]
     sentence = wire.refused("message_too_large", "list_agents_request")
     assert "less" in sentence
     assert [a["id"] for a in wire.agents(limit=1)] == heavy[:1]
-    assert [a["id"] for a in wire.agents(limit=1, offset=1)] == heavy[1:]
+    assert [a["id"] for a in wire.agents(limit=9, offset=1)] == heavy[1:10]
 
 
 # ---------------------------------------------------------------- which agent

@@ -359,9 +359,9 @@ def test_the_next_search_is_that_of_another_asker(hostile: tuple[Server, LineWir
         asking(wire, ref, filter=HOSTILE)
     first, = at_work(server)
     with ZmqWire(server.endpoint) as network:
+        asked = wire.ok("stats_request")["stats"]["requests"]
         network.send(json.dumps({"type": "output_query_request", "request_id": "x", "agent_id": ref, "stream": "stdout",
                                  "filter": "a{5}", "limit": 0}).encode())
-        asked = wire.ok("stats_request")["stats"]["requests"]
 
         def arrived() -> bool:
             nonlocal asked

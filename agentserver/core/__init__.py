@@ -31,6 +31,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     registry    everything that must be remembered: sqlite3
     feed        what is told to whoever listens
     pushing     output on its way to who listens
+    names       which agents a name or the beginning of an id can mean
     agent       the record of one agent
     stdin       what goes to an agent's stdin: accepted once, written once
     run         one attempt while its process exists: output pipes, timers
@@ -43,7 +44,9 @@ Owns:    this map. Read in this order; each file uses only those above it:
     supervisor  policy: what is wanted against what is
     adoption    going on with the agents that a core before us left
     commands    what can be asked of one agent
+    batch       one command on many agents, in steps
     control     handle(): decode, dispatch, do once, encode
+    inbox       what one peer asks on one connection, in its order
     connection  one connection to core.sock
     orphan      a shell whose keeper died, ended when another has come
     service     the core process

@@ -1,6 +1,6 @@
 """One connection to the core's socket: bytes in, replies and events out.
 
-Owns:    its socket, its framing, what waits to be handled and what waits to be sent.
+Owns:    its socket, its framing, an inbox for each peer behind it, and what waits to be sent.
 Runs in: the core's thread; nothing here blocks.
 Unaware: of what requests mean; they go through `Desk.handle`.
 
@@ -17,28 +17,30 @@ from typing import Deque, Protocol
 
 from ..wire import MAX_WIRE
 from . import framing
-from .control import Peer
+from .control import Peer, Steps
+from .inbox import Inbox
 from .peers import Asker, Caller, Hello, Shell, header
-from .pending import Pending
 from .reactor import READ, WRITE, Reactor
+from .scheduler import Scheduler
 
 PIECE = 128 * 1024            # bytes read at once
-PER_TURN = 64                 # requests of one connection in one turn, so that others get theirs
+WAITING_MOST = 64             # requests of a local client that wait before we stop reading; a shell bounds its own
+WAITING_BYTES = 64 * 1024 * 1024  # of all requests that wait on one connection
+PEERS_MOST = 1000             # peers behind one connection that are remembered while they ask nothing
 UNSENT_MOST = 16 * 1024 * 1024  # bytes of replies that may wait before we stop reading
 MISSED_MOST = 10_000          # topics of which it is remembered that something was dropped
-PEERS_MOST, HEAD_BYTES = 1000, 1024  # headers whose meaning is kept, and how long such a one may be
-PROMISED_MOST = 8             # replies that are being made; until then no further request is handled
 
 
 class Desk(Protocol):
     """What a connection needs from the service."""
 
     reactor: Reactor
+    scheduler: Scheduler
     backlog_bytes: int
     message_bytes: int
 
-    def handle(self, raw: bytes | None, peer: Peer) -> bytes | Pending:
-        """Return the reply to one message, or a promise of it."""
+    def handle(self, raw: bytes | None, peer: Peer) -> Steps:
+        """Make the reply to one message, or a promise of it, in steps."""
 
     def hello(self, hello: Hello, caller: Caller) -> Shell | None:
         """A peer says that it is a shell; return it if it is."""
@@ -62,19 +64,19 @@ class Desk(Protocol):
 class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
-    __slots__ = ("_caller", "_desk", "_eof", "_frames", "_inbox", "_lines", "_missed", "_out", "_peers", "_promised",
-                 "_role", "_sock", "_unsent", "_watch", "shell", "topics")
+    __slots__ = ("_caller", "_desk", "_eof", "_frames", "_held", "_inboxes", "_lines", "_missed", "_out", "_role",
+                 "_sock", "_stalled", "_unsent", "_watch", "scheduler", "shell", "topics")
 
     def __init__(self, sock: socket.socket, caller: Caller, desk: Desk) -> None:
-        self._sock, self._caller, self._desk = sock, caller, desk
+        self._sock, self._caller, self._desk, self.scheduler = sock, caller, desk, desk.scheduler
         self._lines: framing.LineDecoder | None = framing.LineDecoder(desk.message_bytes)
         self._frames = framing.FrameDecoder(MAX_WIRE)
-        self._inbox: Deque[tuple[int, Peer, bytes | None]] = deque()
+        self._inboxes: dict[bytes, Inbox] = {}  # by the header that names a peer
+        self._held = 0       # bytes of requests that wait or are at work
         self._out: Deque[memoryview | bytes] = deque()
         self._unsent = 0
-        self._promised: set[Pending] = set()
+        self._stalled = False  # a peer did not read its replies, so that requests wait
         self._eof = False    # the peer sends nothing more; it may still want its replies
-        self._peers: dict[bytes, Peer] = {}
         self.topics: tuple[str, ...] = ()
         self._missed: dict[str, None] = {}  # topics of which this peer was too slow for something
         self.shell: Shell | None = None     # it is one of ours
@@ -100,29 +102,30 @@ class Connection:
                 return
             if self._watch.active:
                 self._eof = not data
-                self.work()
+                self._desk.dirty(self)
 
     def _take(self, data: bytes) -> None:
         """Cut messages from what arrived."""
         if self._lines is not None:
-            if data == framing.KEEPER and not self._inbox:
+            if data == framing.KEEPER and not self._inboxes:
                 self._become_channel()
                 return
-            if data.startswith(framing.PREFACE) and not self._inbox:
+            if data.startswith(framing.PREFACE) and not self._inboxes:
                 self._lines, data = None, data[len(framing.PREFACE):]
             else:
-                self._inbox.extend((0, self._peer(b""), line) for line in self._lines.feed(data))
+                for line in self._lines.feed(data):
+                    self._put(0, b"", line)
                 return
         for tag, head, body in self._frames.feed(data):
             if tag == 0:
                 self._greeted(header(Hello, head))
             else:
-                self._inbox.append((tag, self._peer(head), body))
+                self._put(tag, head, body)
 
     def _greeted(self, hello: Hello) -> None:
         self._role = hello.role
         self.shell = self._desk.hello(hello, self._caller)
-        self._peers.clear()
+        self._forget_idle()
 
     def _become_channel(self) -> None:
         """Hand the socket to the service: a keeper is at the other end."""
@@ -130,48 +133,56 @@ class Connection:
         self._desk.gone(self)
         self._desk.keeper_came(self._sock, self._caller)
 
-    def work(self) -> None:
-        """Handle what waits, a bounded number at once; the rest has its turn in the next turn."""
-        for _ in range(PER_TURN):
-            if not self.waiting:
-                break
-            tag, peer, body = self._inbox.popleft()
-            reply = self._desk.handle(body, peer)
-            if isinstance(reply, bytes):
-                self._answer(tag, reply)
-            else:
-                self._await(tag, reply)
-        self._desk.dirty(self)
+    def _put(self, tag: int, head: bytes, raw: bytes | None) -> None:
+        """Put a request into the inbox of the peer that a header names."""
+        inbox = self._inboxes.get(head)
+        if inbox is None:
+            if len(self._inboxes) >= PEERS_MOST:
+                self._forget_idle()
+            inbox = self._inboxes[head] = Inbox(*self._peer(head), self)
+        self._held += len(raw or b"")
+        inbox.put(tag, raw)
+
+    def _peer(self, head: bytes) -> tuple[Peer, str]:
+        """Return who asks, and whose turn it is: whom a shell of ours names beside the message, else who connected."""
+        asker = header(Asker, head) if head else Asker()
+        may_listen = self._lines is not None or self._role == "monitor"
+        name = (self.shell and asker.name) or self._caller.name
+        return Peer(name, self if may_listen else None), f"{name} {asker.peer}" if self.shell else name
+
+    def _forget_idle(self) -> None:
+        self._inboxes = {head: inbox for head, inbox in self._inboxes.items() if not inbox.idle}
+
+    # ------------------------------------------------------------ at work (inbox.Host)
 
     @property
-    def waiting(self) -> bool:
-        """Whether requests wait that could be handled now."""
-        return bool(self._inbox) and self._unsent <= UNSENT_MOST and len(self._promised) < PROMISED_MOST
+    def takes_replies(self) -> bool:
+        """Whether the peer reads its replies."""
+        if self._unsent > UNSENT_MOST:
+            self._stalled = True
+            return False
+        return True
 
-    def _answer(self, tag: int, reply: bytes) -> None:
-        self._send(reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply))
+    @property
+    def abandoned(self) -> bool:
+        """Whether the peer has gone."""
+        return not self._watch.active or (self._eof and self._hung_up())
 
-    def _await(self, tag: int, promise: Pending) -> None:
-        """Send a reply when it is made."""
-        def made(reply: bytes) -> None:
-            self._promised.discard(promise)
-            self._answer(tag, reply)
+    def asked(self, raw: bytes | None, peer: Peer) -> Steps:
+        """Return the steps that make a reply."""
+        return self._desk.handle(raw, peer)
+
+    def answer(self, tag: int, reply: bytes) -> None:
+        """Send a reply, at the end of the turn."""
+        if self._watch.active:
+            self._send(reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply))
             self._desk.dirty(self)
-        promise.then = made
-        self._promised.add(promise)
 
-    def _peer(self, head: bytes) -> Peer:
-        """Return who asks: whom a shell of ours names beside the message, else who connected."""
-        peer = self._peers.get(head)
-        if peer is None:
-            asker = header(Asker, head) if head else Asker()
-            may_listen = self._lines is not None or self._role == "monitor"
-            peer = Peer((self.shell and asker.name) or self._caller.name, self if may_listen else None)
-            if len(head) <= HEAD_BYTES:
-                if len(self._peers) >= PEERS_MOST:
-                    self._peers.clear()
-                self._peers[head] = peer
-        return peer
+    def handled(self, size: int) -> None:
+        """One request, of so many bytes, is done; there may be room for others."""
+        self._held -= size
+        if self._watch.active:
+            self._desk.dirty(self)
 
     # ------------------------------------------------------------ out
 
@@ -210,14 +221,29 @@ class Connection:
         except OSError:
             self.close()
             return
-        if self._eof and not self._out and (self._hung_up() if self._promised else not self._inbox):
+        if self._eof and not self._out and self._over():
             self.close()
             return
         if self._missed and self.room:
             missed, self._missed = list(self._missed), {}
             self._desk.caught_up(self, missed)
-        reading = READ if not self._eof and self._unsent <= UNSENT_MOST and len(self._inbox) < PER_TURN else 0
-        self._desk.reactor.change(self._watch, reading | (WRITE if self._out else 0))
+        if self._stalled and self._unsent <= UNSENT_MOST:
+            self._stalled = False
+            for inbox in list(self._inboxes.values()):
+                inbox.go_on()
+        self._desk.reactor.change(self._watch, (READ if self._reading else 0) | (WRITE if self._out else 0))
+
+    @property
+    def _reading(self) -> bool:
+        """Whether more requests may come. Those of a shell may, while one of its peers has many: it bounds them."""
+        return not self._eof and self._unsent <= UNSENT_MOST and self._held <= WAITING_BYTES and (
+            self._lines is None or not self._inboxes or len(self._inboxes[b""]) < WAITING_MOST)
+
+    def _over(self) -> bool:
+        """Whether nobody is owed a reply by a connection whose peer sends nothing more, or nobody can get one."""
+        if any(inbox.working for inbox in self._inboxes.values()):
+            return False
+        return all(inbox.idle for inbox in self._inboxes.values()) or self._hung_up()
 
     def _joined(self) -> memoryview | bytes:
         """Put small pieces together: one system call for many replies or events."""
@@ -238,13 +264,10 @@ class Connection:
 
     def close(self) -> None:
         """Close the connection; what was asked is done, whoever is told, and what is being looked up is dropped."""
-        for promise in self._promised:
-            promise.drop()
-        self._promised.clear()
+        for inbox in self._inboxes.values():
+            inbox.clear()
         if self._watch.active:
             self._desk.reactor.unwatch(self._watch)
             self._sock.close()
             self._out.clear()
-            self._inbox.clear()
             self._desk.gone(self)
-

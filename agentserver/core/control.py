@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Generator, NamedTuple, Union
 
 from .. import messages as m
 from ..errors import AgentServerError, RequestError
-from ..wire import Json, canonical, decode, encode, encode_text, read
+from ..wire import MAX_INT, MAX_VALUES, Json, canonical, decode, encode, encode_text, glimpse, read, too_many
 from . import lifecycle
-from .agent import Agent
+from .batch import Batch, Work
 from .commands import EFFECTS, Commands
 from .facts import Facts
 from .feed import Subscriber
@@ -25,9 +25,12 @@ from .pending import Pending
 from .queries import Queries
 from .registry import Ask
 from .run import STREAMS
+from .scheduler import Pace
 from .supervisor import Supervisor
 
 HEAD_BYTES = 1024  # of a reply, beside its list
+LARGE_BYTES = 64 * 1024  # a longer message is read in one step, and done in others
+EVENTS_AT_ONCE = 200     # read from the registry in one step
 QUERY = "query_output"  # the one command whose reply comes later
 
 
@@ -45,6 +48,23 @@ class Done(NamedTuple):
     changed: bool = False
 
 
+#: makes a reply, or a promise of one; each step yields whether the rest may be left undone when nobody waits for it
+Steps = Generator[bool, None, Union[bytes, Pending]]
+#: the same for what a handler returns
+Result = Union[Json, Done]
+Making = Generator[bool, None, Result]
+
+
+class _Doing:
+    """A request with an effect while it is at work in steps, and those who asked the same meanwhile."""
+
+    __slots__ = ("digest", "message", "others")
+
+    def __init__(self, message: Json, digest: bytes) -> None:
+        self.message, self.digest = message, digest
+        self.others: list[Pending] = []
+
+
 class Control:
     """See the module. `stats` returns the counters and what our processes use."""
 
@@ -56,7 +76,9 @@ class Control:
         self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
         self._commands = Commands(supervisor, facts)
         self.remembers = False  # this turn has done something whose reply must not leave before it is on disk
-        self._handlers: dict[str, Callable[[Any, Ask, Peer], Json | Done]] = {
+        self._clock = supervisor.reactor.clock
+        self._doing: dict[str, _Doing] = {}  # by request id
+        self._handlers: dict[str, Callable[[Any, Ask, Peer], Result | Making]] = {
             "health_check_request": self._health, "stats_request": self._statistics,
             "spawn_request": self._spawn, "list_agents_request": self._list,
             "control_command": self._command, "custom_action_request": self._custom_action,
@@ -66,23 +88,26 @@ class Control:
 
     # ------------------------------------------------------------ the door
 
-    def handle(self, raw: bytes | None, peer: Peer) -> bytes | Pending:
-        """Return the reply to one message, or a promise of it; `None` stands for one that was too long to be kept."""
+    def handle(self, raw: bytes | None, peer: Peer) -> Steps:
+        """Make the reply to one message, or a promise of it, in steps; `None` stands for a message that was too long to
+        be kept."""
         self._count("requests")
         reply_type, request_id, obj = "error_response", None, None
         try:
-            if raw is None:
-                raise RequestError(f"the message has more than {self._limit} bytes; send less at once",
-                                   "message_too_large")
-            obj = decode(raw, self._limit)
+            obj, refusal = self._opened(raw)
+            size, raw = len(raw or b""), None
             cls = m.REQUESTS.get(obj["type"]) if isinstance(obj.get("type"), str) else None
             if cls is not None:
                 reply_type = cls.reply
             request_id = _readable_id(obj)
+            if refusal is not None:
+                raise refusal
             if cls is None:
                 raise _unknown_type(obj)
             m.read_request_id(obj)
-            reply = self._once(cls, obj, peer)
+            if size > LARGE_BYTES:
+                yield False
+            reply = yield from self._once(cls, obj, peer)
             if isinstance(reply, Pending):
                 return reply
         except AgentServerError as e:
@@ -94,7 +119,27 @@ class Control:
             self._say("a request failed inside: " + traceback.format_exc())
             reply = _failure(reply_type, request_id, "something failed inside the server; its core.log says what",
                              "internal")
-        return self._supervisor.standstill.hold(self._checked(reply, reply_type, request_id, obj))
+        reply = self._checked(reply, reply_type, request_id, obj)
+        self._tell_others(request_id, obj, reply)
+        return self._supervisor.standstill.hold(reply)
+
+    def _opened(self, raw: bytes | None) -> tuple[Json, RequestError | None]:
+        """Return a message; or of one that has too many values only what it is, and why it is refused."""
+        if raw is None:
+            raise RequestError(f"the message has more than {self._limit} bytes; send less at once", "message_too_large")
+        if len(raw) > self._limit or not too_many(raw):
+            return decode(raw, self._limit), None
+        return {name: glimpse(raw, name) for name in ("type", "request_id")}, RequestError(
+            f"the message has more than {MAX_VALUES} values (items of lists and members of objects); send less at "
+            "once, and bytes as text or base64")
+
+    def _tell_others(self, request_id: str | None, obj: Json | None, reply: bytes) -> None:
+        """Give the reply to those, too, who asked the same while it was being made."""
+        doing = self._doing.get(request_id or "")
+        if doing is not None and doing.message is obj:
+            del self._doing[request_id or ""]
+            for promise in doing.others:
+                promise.complete(reply)
 
     def _checked(self, reply: bytes, reply_type: str, request_id: str | None, obj: Json | None) -> bytes:
         """Return a reply that can be sent, and count it if it is a failed one."""
@@ -110,25 +155,27 @@ class Control:
         if obj is not None and obj.get("type") == "spawn_request":
             self._count("failed_spawns")
 
-    def _once(self, cls: Any, obj: Json, peer: Peer) -> bytes | Pending:
+    def _once(self, cls: Any, obj: Json, peer: Peer) -> Steps:
         """Do what is asked, or repeat the reply if it was done."""
         request = read(cls, obj)
         if _asks_for_lines(request):
             return self._query(request, obj["request_id"], peer.name)
         if not _has_effect(request):
-            return self._do(request, Ask(peer.name, obj["request_id"]), peer)[0]
+            return (yield from self._do(request, Ask(peer.name, obj["request_id"]), peer))[0]
         ask = Ask(peer.name, obj["request_id"], hashlib.sha256(canonical(obj)).digest())
+        doing = self._doing.get(ask.request_id)
+        if doing is not None:
+            return self._join(doing, ask)
         before = self._registry.recall(ask.request_id)
         if before is not None:
-            if before.digest != ask.digest:
-                raise RequestError("this request_id was used for another request; give each request one of its own",
-                                   "request_id_conflict")
+            _same(before.digest, ask)
             if before.reply is not None:
                 self.remembers = self.remembers or not before.durable
                 return before.reply
             ask = ask._replace(begun=before.begun)
+        self._doing[ask.request_id] = _Doing(obj, ask.digest)
         try:
-            reply, agent_id, changed = self._do(request, ask, peer)
+            reply, agent_id, changed = yield from self._do(request, ask, peer)
         except Exception:
             self._registry.settle(ask.request_id)
             raise
@@ -137,9 +184,19 @@ class Control:
             self._registry.remember(ask, reply, agent_id)
         return reply
 
-    def _do(self, request: Any, ask: Ask, peer: Peer) -> tuple[bytes, str | None, bool]:
+    @staticmethod
+    def _join(doing: _Doing, ask: Ask) -> Pending:
+        """Promise the reply to a request that is at work already, asked by somebody whose connection broke."""
+        _same(doing.digest, ask)
+        promise = Pending(lambda: None)
+        doing.others.append(promise)
+        return promise
+
+    def _do(self, request: Any, ask: Ask, peer: Peer) -> Generator[bool, None, tuple[bytes, str | None, bool]]:
         """Return the reply, the agent it is remembered with, and whether anything was done."""
         result = self._handlers[request.type](request, ask, peer)
+        if isinstance(result, Generator):
+            result = yield from result
         if isinstance(result, Done):
             return result.reply, None, result.changed
         head = {"type": request.reply, "request_id": ask.request_id, "success": True}
@@ -169,17 +226,28 @@ class Control:
         self._count("successful_spawns")
         return {"agent_info": agent.info(), "server_id": self._supervisor.config.server_id}
 
-    def _list(self, request: m.ListAgentsRequest, ask: Ask, peer: Peer) -> Done:
+    def _list(self, request: m.ListAgentsRequest, ask: Ask, peer: Peer) -> Making:
         self._count("list_requests")
         wanted = request.filter_status
         every = request.all or wanted in lifecycle.TERMINAL
-        labels = request.labels.items()
-        found = [agent for agent in self._supervisor.agents.values()
-                 if (every or not agent.terminal) and (wanted is None or agent.status == wanted)
-                 and (not labels or labels <= agent.labels.items())]
-        end = None if request.limit is None else request.offset + request.limit
-        head = {"type": request.reply, "request_id": ask.request_id, "success": True, "total": len(found)}
-        return Done(_with_list(head, "agents", [agent.info_json() for agent in found[request.offset:end]]))
+        labels, known = request.labels.items(), self._supervisor.agents
+        end = MAX_INT if request.limit is None else request.offset + request.limit
+        listed, total, room, pace = [], 0, self._limit - HEAD_BYTES, Pace(self._clock)
+        for agent in list(known.values()):
+            if pace.over():
+                yield True
+                pace.begin()
+            if (agent.id in known and (every or not agent.terminal) and (wanted is None or agent.status == wanted)
+                    and (not labels or labels <= agent.labels.items())):
+                if request.offset <= total < end:
+                    listed.append(agent.info_json())
+                    room -= len(listed[-1]) + 1
+                    if room < 0:
+                        raise RequestError(f"the list would have more than {self._limit} bytes; ask for less at "
+                                           "once, by limit and offset", "message_too_large")
+                total += 1
+        head = {"type": request.reply, "request_id": ask.request_id, "success": True, "total": total}
+        return Done(_with_list(head, "agents", listed))
 
     def _command(self, request: m.ControlCommand, ask: Ask, peer: Peer) -> Json:
         self._count("control_commands")
@@ -193,26 +261,18 @@ class Control:
         data = self._commands.act(agent, request.action, request.params)
         return {"agent_id": agent.id, "status": agent.status, "data": data}
 
-    def _batch(self, request: m.BatchControlCommand, ask: Ask, peer: Peer) -> Done:
+    def _batch(self, request: m.BatchControlCommand, ask: Ask, peer: Peer) -> Making:
         self._count("control_commands")
         if (request.agent_ids is None) == (request.labels is None):
             raise RequestError("give either agent_ids or labels")
         checked = self._commands.check(request.command_type, request.payload)
         if request.command_type == QUERY:
             raise RequestError(f"{QUERY} is answered for one agent at a time; send a control_command for each")
-        failed: list[str] = []
-        results: list[str] = []
-        done = _Success()
-        for ref in request.agent_ids if request.agent_ids is not None else self._labelled(request):
-            try:
-                if request.fail_fast and failed:
-                    raise RequestError("not tried, because one before it failed", "invalid_state")
-                agent = self._supervisor.find(ref)
-                results.append(done.text(agent, self._commands.do(agent, request.command_type, checked, ask)))
-            except RequestError as e:
-                failed.append(e.code)
-                results.append(encode_text({"agent_id": ref, "success": False, "status": None, "error": str(e),
-                                            "error_code": e.code, "data": None}))
+        supervisor = self._supervisor
+        work = Work(request.command_type, checked, ask, request.fail_fast, self._limit - HEAD_BYTES)
+        batch = Batch(work, supervisor.find, self._commands, self._registry, supervisor.standstill)
+        yield from batch.steps(request.agent_ids, lambda: self._labelled(request), Pace(self._clock))
+        results, failed = batch.results, batch.failed
         head = {"type": request.reply, "request_id": ask.request_id, "success": not failed,
                 "successful": len(results) - len(failed), "failed": len(failed)}
         if failed:
@@ -250,11 +310,21 @@ class Control:
         pending = Pending(self._queries.ask(agent.output, streams, what, by, answered))
         return pending
 
-    def _events(self, request: m.EventsRequest, ask: Ask, peer: Peer) -> Done:
-        found = self._registry.events(request.since, request.limit + 1, self._agent_of_events(request.agent_id))
-        fit = _that_fit(found[:request.limit], self._limit - HEAD_BYTES)
-        more, found = fit < len(found), found[:fit]
-        last = decode(found[-1].encode())["sequence"] if found else min(request.since, self._registry.sequence)
+    def _events(self, request: m.EventsRequest, ask: Ask, peer: Peer) -> Making:
+        agent_id = self._agent_of_events(request.agent_id)
+        found: list[str] = []
+        room, more = self._limit - HEAD_BYTES, False
+        page = self._registry.events(request.since, EVENTS_AT_ONCE, agent_id)
+        while page and not more:
+            for text in page:
+                room -= len(text) + 1
+                if len(found) == request.limit or (room < 0 and found):  # one at least: whoever asks must come on
+                    more = True
+                    break
+                found.append(text)
+            yield True
+            page = self._registry.events(_sequence(page[-1]), EVENTS_AT_ONCE, agent_id)
+        last = _sequence(found[-1]) if found else min(request.since, self._registry.sequence)
         head = {"type": request.reply, "request_id": ask.request_id, "success": True, "next": last,
                 "first_kept": self._registry.first_kept, "more": more}
         return Done(_with_list(head, "events", found))
@@ -295,6 +365,12 @@ class Control:
 
 
 # ---------------------------------------------------------------- pieces of replies
+
+def _same(digest: bytes, ask: Ask) -> None:
+    if digest != ask.digest:
+        raise RequestError("this request_id was used for another request; give each request one of its own",
+                           "request_id_conflict")
+
 
 def _has_effect(request: Any) -> bool:
     if isinstance(request, (m.ControlCommand, m.BatchControlCommand)):
@@ -345,25 +421,5 @@ def _with_list(head: Json, name: str, items: list[str]) -> bytes:
     return b'%s,"%s":[%s]}' % (encode(head)[:-1], name.encode("ascii"), ",".join(items).encode("ascii"))
 
 
-def _that_fit(items: list[str], most: int) -> int:
-    """Return how many of the items fit into so many bytes; one at least, since whoever asks must come on."""
-    size = 0
-    for count, item in enumerate(items):
-        size += len(item) + 1
-        if size > most and count:
-            return count
-    return len(items)
-
-
-class _Success:
-    """Write the items of a batch that went well. The data of neighbours is mostly equal and encoded once."""
-
-    def __init__(self) -> None:
-        self._data: Json = {}
-        self._text = "{}"
-
-    def text(self, agent: Agent, data: Json) -> str:
-        if data != self._data:
-            self._data, self._text = data, encode_text(data)
-        return (f'{{"agent_id":"{agent.id}","success":true,"status":"{agent.status}","error":null,"error_code":null,'
-                f'"data":{self._text}}}')
+def _sequence(event: str) -> int:
+    return int(decode(event.encode())["sequence"])

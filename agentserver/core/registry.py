@@ -11,6 +11,7 @@ hundred requests in one turn cost one transaction. While the disk refuses, the q
 """
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import sys
@@ -36,6 +37,11 @@ CREATE TABLE IF NOT EXISTS begun    (request_id TEXT, agent_id TEXT, at REAL, di
 CREATE TABLE IF NOT EXISTS events   (sequence INTEGER PRIMARY KEY, at REAL, agent_id TEXT, message TEXT);
 CREATE INDEX IF NOT EXISTS events_by_agent ON events (agent_id, sequence);
 CREATE TABLE IF NOT EXISTS quarantine (at REAL, source TEXT, why TEXT, content TEXT);
+"""
+#: added without a new SCHEMA_VERSION: a version that does not know it can go on with the registry
+_ADDED = """
+CREATE TABLE IF NOT EXISTS progress (request_id TEXT, position INTEGER, at REAL, digest BLOB, results TEXT,
+                                     PRIMARY KEY (request_id, position));
 """
 REQUEST_SECS = 24 * 3600.0
 QUEUE_MOST = 100_000  # statements that wait while the disk refuses
@@ -110,6 +116,7 @@ class Registry:
         if version < SCHEMA_VERSION:
             db.executescript(_SCHEMA)
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        db.executescript(_ADDED)
         # a damaged page is found now, not when it is needed
         db.execute("SELECT total(length(CAST(record AS BLOB))) FROM agents").fetchone()
         db.execute("SELECT max(sequence) FROM events").fetchone()
@@ -233,6 +240,18 @@ class Registry:
         if request_id in self._unsettled:
             self._unsettled.discard(request_id)
             self._write("DELETE FROM begun WHERE request_id = ?", _key(request_id))
+            self._write("DELETE FROM progress WHERE request_id = ?", _key(request_id))
+
+    def advance(self, ask: Ask, position: int, results: list[str]) -> None:
+        """Remember, with the deeds of this turn, how far a request has come that is done in several."""
+        self._unsettled.add(ask.request_id)
+        self._write("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)", _key(ask.request_id), position,
+                    self._now(), ask.digest, encode_text(results))
+
+    def progress(self, request_id: str) -> dict[int, list[str]]:
+        """Return how far a request had come when a core before us died: results by position."""
+        rows = self._rows("SELECT position, CAST(results AS BLOB) FROM progress WHERE request_id = ?", _key(request_id))
+        return {position: json.loads(results) for position, results in rows}
 
     def remember(self, ask: Ask, reply: bytes, agent_id: str | None = None) -> None:
         """Remember the reply to a request that did something. `agent_id`: keep it as long as that agent."""
@@ -246,7 +265,8 @@ class Registry:
         if request_id in self._fresh and not self.commit():
             return self._fresh[request_id]
         rows = self._rows("SELECT digest, reply, NULL FROM requests WHERE request_id = ?1 UNION ALL "
-                          "SELECT digest, NULL, agent_id FROM begun WHERE request_id = ?1", _key(request_id))
+                          "SELECT digest, NULL, agent_id FROM begun WHERE request_id = ?1 UNION ALL "
+                          "SELECT digest, NULL, NULL FROM progress WHERE request_id = ?1", _key(request_id))
         if not rows:
             return None
         if rows[0][1] is None:
@@ -300,6 +320,7 @@ class Registry:
                     "WHERE agent_id IS NULL ORDER BY at DESC LIMIT 1 OFFSET ?))",
                     now - REQUEST_SECS, self._requests_kept)
         self._write("DELETE FROM begun WHERE at < ?", now - REQUEST_SECS)
+        self._write("DELETE FROM progress WHERE at < ?", now - REQUEST_SECS)
         self.commit()
 
     def checkpoint(self) -> None:

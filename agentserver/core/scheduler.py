@@ -11,7 +11,7 @@ so:
     def steps():
         for agent in agents:
             stop(agent)
-            yield
+            yield            # or, where a round is very short: if pace.over(): yield; pace.begin()
         done()
 
     task = scheduler.add(owner, steps())
@@ -31,14 +31,33 @@ from __future__ import annotations
 import heapq
 import traceback
 from collections import deque
-from typing import Deque, Generator
+from typing import Callable, Deque, Generator
 
 from .reactor import Reactor
 
 SLICE_SECS = 0.002   # of each turn; a step that is under way is not interrupted
+STEP_SECS = 0.001    # after which a task had better yield; see Pace
 CREDIT_SECS = 0.05   # that an owner can have been charged less than the one that is served
 DEBT_SECS = 0.5      # that an owner can have been charged more
 OWNERS_MOST = 1000   # idle owners whose charges are remembered
+
+
+class Pace:
+    """How long the step at work has taken. `if pace.over(): yield; pace.begin()` in a loop makes its steps."""
+
+    __slots__ = ("_clock", "_until")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.begin()
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._until = self._clock() + STEP_SECS
+
+    def over(self) -> bool:
+        """Whether the step has taken long enough."""
+        return self._clock() >= self._until
 
 
 class Task:

@@ -155,6 +155,7 @@ class Service:
         """Serve until the server's own end, then close everything."""
         self.reactor.run()
         self.scheduler.finish(FINISH_SECS)
+        self._end_of_turn()
         self._queries.close(None if self.yielded else RequestError("the server is shutting down", "shutting_down"))
         for connection in list(self._connections):
             connection.send_now()
@@ -280,11 +281,8 @@ class Service:
             dirty, self._dirty = self._dirty, {}
             for connection in dirty:
                 connection.send_now()
-            for connection in dirty:
-                if connection.waiting:
-                    self.reactor.after(0, connection.work)
         if self._pushing.ready:
-            self.reactor.after(0, _more)
+            self.reactor.soon(_more)
 
     def _take_back(self) -> None:
         """What was done in this turn is not on disk: acknowledge nothing. Who asked reconnects, and asks again."""
@@ -345,7 +343,7 @@ class Service:
         def tell() -> None:
             for topic in missed if connection in self._connections else ():
                 self.control.announce(topic, connection)
-        self.reactor.after(0, tell)
+        self.reactor.soon(tell)
 
     def gone(self, connection: Connection) -> None:
         """Forget a closed connection."""

@@ -63,6 +63,16 @@ class Standstill:
         self._trees[agent.id] = moving = _Tree(agent, self._reactor.clock())
         self._step(moving)
 
+    def take(self) -> set[str]:
+        """Return whose trees were stopped since this was asked last: a request that is handled in steps keeps them
+        from one to the next, so that no other request is held for them."""
+        begun, self._begun = self._begun, set()
+        return begun
+
+    def give_back(self, begun: set[str]) -> None:
+        """Take back what `take` returned, for the end of the request."""
+        self._begun |= begun
+
     def hold(self, reply: bytes) -> bytes | Pending:
         """Return the reply to the request that was handled, or a promise of it while what it stops still moves."""
         if not self._begun:

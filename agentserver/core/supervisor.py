@@ -25,6 +25,7 @@ from .feed import Feed, Subscriber
 from .inherited import Inherited, new_tag
 from .lastwords import LastWords
 from .losses import Losses
+from .names import Names
 from .output import OutputLog
 from .process import signal_name
 from .pushing import Pushing
@@ -55,6 +56,7 @@ class Supervisor:
         self.feed, self.pushing = feed, pushing
         self.stdin_limit = config.stdin_buffer_bytes
         self.agents: dict[str, Agent] = {}
+        self._names = Names()
         self._finished: dict[str, None] = {}  # ids of finished agents, oldest end first
         self._say, self.boot = say, tree.boot_id()
         self.family, self._keeper = family, keeper
@@ -86,16 +88,15 @@ class Supervisor:
         if agent is not None:
             return agent
         # what has the form of an id means only that agent, also when it is forgotten; older versions let a name be such
-        named = [agent for agent in self.agents.values() if agent.name == ref and not is_id(ref)]
-        alive = [agent for agent in named if agent.id not in self._finished]
-        finished = [agent for agent in named if agent.id in self._finished][-1:]
-        starting = [agent for agent in self.agents.values() if len(ref) >= 4 and agent.id.startswith(ref)]
-        for found in (alive, finished, starting):
-            if len(found) > 1:
-                ids = ", ".join(agent.id for agent in found[:5])
-                raise RequestError(f"{ref!r} could be any of {len(found)} agents ({ids}); use an id", "ambiguous_agent")
-            if found:
-                return found[0]
+        named = [] if is_id(ref) else self._names.named(ref)
+        alive = [agent_id for agent_id in named if agent_id not in self._finished]
+        finished = [agent_id for agent_id in named if agent_id in self._finished][-1:]
+        found = alive or finished or (self._names.beginning(ref) if len(ref) >= 4 else [])
+        if len(found) > 1:
+            raise RequestError(f"{ref!r} could be any of {len(found)} agents ({', '.join(found[:5])}); use an id",
+                               "ambiguous_agent")
+        if found:
+            return self.agents[found[0]]
         raise RequestError(f"there is no agent {ref!r}, neither running nor among the finished ones that are kept",
                            "agent_not_found")
 
@@ -140,12 +141,14 @@ class Supervisor:
             self._erase(agent)
             raise
         self.agents[agent_id] = agent
+        self._names.add(agent_id, agent.name)
         self.started(agent)
         return agent
 
     def enter(self, agents: Iterable[Agent]) -> None:
         """Take in the agents that the registry knows."""
         self.agents = {agent.id: agent for agent in agents}
+        self._names = Names((agent.id, agent.name) for agent in self.agents.values())
         ended = [agent for agent in self.agents.values() if agent.terminal]
         self._finished = {agent.id: None for agent in sorted(ended, key=lambda agent: agent.finished_at or 0)}
 
@@ -344,6 +347,7 @@ class Supervisor:
         self.ending.close(agent)
         self._losses.forget(agent)
         del self.agents[agent.id]
+        self._names.remove(agent.id, agent.name)
         self._finished.pop(agent.id, None)
         self._erase(agent)
 

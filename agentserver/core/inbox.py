@@ -1,0 +1,126 @@
+"""What one peer asks on one connection: its requests in their order, one after another.
+
+Owns:    the requests of this peer that wait, and the promises of replies that are being made for it.
+Runs in: the core's thread, as a task of the scheduler: a request is a step, a large one several.
+Unaware: of sockets, framing, and what a request means.
+
+While a request is at work in steps, the next one of the same peer waits, so that their effects come in the order in
+which they were asked for. A promise (a search, a tree that is still moving) does not hold the next ones, until there
+are too many. Other peers are not held by either.
+"""
+from __future__ import annotations
+
+from collections import deque
+from typing import Deque, Generator, Protocol
+
+from .control import Peer, Steps
+from .pending import Pending
+from .scheduler import Scheduler, Task
+
+PROMISED_MOST = 8     # replies that are being made for one peer; until then no further request of it is handled
+SECS_PER_BYTE = 2e-8  # about what a large request costs before it is known what it asks for
+
+
+class Host(Protocol):
+    """What an inbox needs of its connection."""
+
+    scheduler: Scheduler
+
+    @property
+    def takes_replies(self) -> bool:
+        """Whether there is room for more replies; if not, `go_on` is called when there is."""
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody is there any more who could get a reply."""
+
+    def asked(self, raw: bytes | None, peer: Peer) -> Steps:
+        """Return the steps that make a reply."""
+
+    def answer(self, tag: int, reply: bytes) -> None:
+        """Send a reply."""
+
+    def handled(self, size: int) -> None:
+        """One request, of so many bytes, is done."""
+
+
+class Inbox:
+    """See the module. `name` is who is charged for the work."""
+
+    __slots__ = ("_host", "_name", "_peer", "_promised", "_task", "_waiting")
+
+    def __init__(self, peer: Peer, name: str, host: Host) -> None:
+        self._peer, self._name, self._host = peer, name, host
+        self._waiting: Deque[tuple[int, bytes | None]] = deque()
+        self._promised: set[Pending] = set()
+        self._task: Task | None = None
+
+    def put(self, tag: int, raw: bytes | None) -> None:
+        """Take one request."""
+        self._waiting.append((tag, raw))
+        self.go_on()
+
+    @property
+    def working(self) -> bool:
+        """Whether a request is at work or waits."""
+        return bool(self._waiting) or (self._task is not None and not self._task.done)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of this peer is owed."""
+        return not (self.working or self._promised)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def _ready(self) -> bool:
+        return bool(self._waiting) and len(self._promised) < PROMISED_MOST and self._host.takes_replies
+
+    def go_on(self) -> None:
+        """Work on what waits, if that is possible and not under way."""
+        if self._ready and (self._task is None or self._task.done):
+            cost = len(self._waiting[0][1] or b"") * SECS_PER_BYTE
+            self._task = self._host.scheduler.add(self._name, self._work(), cost)
+
+    def _work(self) -> Generator[None, None, None]:
+        while True:
+            tag, raw = self._waiting.popleft()
+            size = len(raw or b"")
+            steps = self._host.asked(raw, self._peer)
+            del raw  # it is large, and no longer needed when it was read
+            try:
+                while True:
+                    if next(steps) and self._host.abandoned:
+                        steps.close()
+                        break
+                    yield
+            except StopIteration as made:
+                self._reply(tag, made.value)
+            self._host.handled(size)
+            if not self._ready:
+                return
+            yield
+
+    def _reply(self, tag: int, reply: bytes | Pending) -> None:
+        if isinstance(reply, bytes):
+            self._host.answer(tag, reply)
+        else:
+            self._await(tag, reply)
+
+    def _await(self, tag: int, promise: Pending) -> None:
+        """Send a reply when it is made."""
+        def made(reply: bytes) -> None:
+            self._promised.discard(promise)
+            self._host.answer(tag, reply)
+            self.go_on()
+        promise.then = made
+        self._promised.add(promise)
+
+    def clear(self) -> None:
+        """Drop what waits and what is being looked up. A request that is at work is done to its end, unless it only
+        looks."""
+        self._waiting.clear()
+        for promise in self._promised:
+            promise.drop()
+        self._promised.clear()
