@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import select
 import socket
+import sys
 from collections import deque
+from contextlib import suppress
 from typing import Deque, Protocol
 
 from ..wire import MAX_WIRE
@@ -65,7 +67,7 @@ class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
     __slots__ = ("_caller", "_desk", "_eof", "_frames", "_held", "_inboxes", "_lines", "_missed", "_out", "_role",
-                 "_sock", "_stalled", "_unsent", "_watch", "scheduler", "shell", "topics")
+                 "_sock", "_stalled", "_unsent", "_watch", "known", "scheduler", "shell", "topics")
 
     def __init__(self, sock: socket.socket, caller: Caller, desk: Desk) -> None:
         self._sock, self._caller, self._desk, self.scheduler = sock, caller, desk, desk.scheduler
@@ -81,9 +83,15 @@ class Connection:
         self._missed: dict[str, None] = {}  # topics of which this peer was too slow for something
         self.shell: Shell | None = None     # it is one of ours
         self._role = ""
-        self._watch = desk.reactor.watch(sock.fileno(), READ, self._ready)
+        self.known = False   # it has asked for something
+        self._watch = desk.reactor.watch(sock.fileno(), READ, self._guarded)
 
     # ------------------------------------------------------------ in
+
+    def _guarded(self, mask: int) -> None:
+        """A mistake in what we do for one connection ends that one."""
+        if not self._desk.reactor.guard("a connection", self._ready, mask):
+            self.close()
 
     def _ready(self, mask: int) -> None:
         if mask & WRITE:
@@ -127,6 +135,27 @@ class Connection:
         self.shell = self._desk.hello(hello, self._caller)
         self._forget_idle()
 
+    def finish(self) -> None:
+        """Take no more requests. What the peer has sent is read to its end and answered, then the connection is closed;
+        what it sends from now on fails (EPIPE), so that it knows."""
+        if sys.platform.startswith("linux"):
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RD)
+        else:  # elsewhere that drops what was not read yet
+            self._guarded(READ)
+            self._eof = True
+        self._desk.dirty(self)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether it could be cut off without harm: it waits for nothing, and is no part of the server."""
+        return not (self.shell or self.topics or self.owes)
+
+    @property
+    def owes(self) -> bool:
+        """Whether replies are being made, or are not read yet."""
+        return bool(self._out) or not all(inbox.idle for inbox in self._inboxes.values())
+
     def _become_channel(self) -> None:
         """Hand the socket to the service: a keeper is at the other end."""
         self._desk.reactor.unwatch(self._watch)
@@ -141,6 +170,7 @@ class Connection:
                 self._forget_idle()
             inbox = self._inboxes[head] = Inbox(*self._peer(head), self)
         self._held += len(raw or b"")
+        self.known = True
         inbox.put(tag, raw)
 
     def _peer(self, head: bytes) -> tuple[Peer, str]:
@@ -198,7 +228,11 @@ class Connection:
             if len(self._missed) < MISSED_MOST:
                 self._missed[topic] = None
             return
-        self._send(body + b"\n" if self._lines is not None else framing.frame(0, topic.encode(), body))
+        try:
+            self._send(body + b"\n" if self._lines is not None else framing.frame(0, topic.encode(), body))
+        except MemoryError:
+            self.close()
+            return
         self._desk.dirty(self)
 
     def _send(self, data: bytes) -> None:

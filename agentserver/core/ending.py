@@ -141,12 +141,12 @@ class Ending:
             if not family.sees:  # the group's number is ours only until its leader is reaped
                 process.send_group(pid, SIGKILL)
             assert agent.run is not None
-            self._last_words.note(pid, code, number)
+            self._reactor.guard("noting an end", self._last_words.note, pid, code, number)
             agent.run.ended = process.reap(pid)
             gone.append(agent)
         self._all_part(gone)
         for tell, ended in helped:
-            tell(ended)
+            self._reactor.guard("the end of a process of ours", tell, ended)
 
     def departed(self, pid: int, start: int, ended: Ended) -> None:
         """The keeper saw the end of a process that a core before us had started, or of something such a one left."""
@@ -162,9 +162,9 @@ class Ending:
         if gone or self._parting:
             self._family.stale()
         for agent in gone:
-            self._part(agent)
+            self._reactor.guard("the end of an agent", self._part, agent)
         for agent in list(self._parting.values()):
-            self._clear(agent)
+            self._reactor.guard("the end of an agent", self._clear, agent)
 
     def _part(self, agent: Agent) -> None:
         """The leader is gone; what it wrote is taken over, what it left is looked for."""
@@ -173,9 +173,9 @@ class Ending:
         for timer in (run.ladder, run.limit):
             if timer is not None:
                 timer.cancel()
-        run.drain()
         self._parting[agent.id] = agent
         run.ladder = self._reactor.after(LEFTOVER_SECS, lambda: self._give_up(agent))
+        run.drain()
 
     def _clear(self, agent: Agent) -> None:
         """Kill what is left of a tree; record the end when nothing is."""
@@ -217,11 +217,18 @@ class Ending:
         run = self._parting.pop(agent.id).run
         assert run is not None
         self._family.remove(agent)
-        if run.drain():
-            self.close(agent)
+        if self._drained(run):
+            self._reactor.guard("letting go of an agent's pipes", self.close, agent)
         else:  # someone else holds the pipe: read on for a moment, then let go
             run.ladder = self._reactor.after(self._drain_secs, lambda: self.close(agent))
         self._ended(agent, *verdict(agent, run, self._reactor.clock()))
+
+    def _drained(self, run: Run) -> bool:
+        try:
+            return run.drain()
+        except Exception as e:  # the end is recorded, whatever is wrong with the output
+            self._reactor.mistake("the last output of an agent", e)
+            return True
 
     def close(self, agent: Agent) -> None:
         """Let go of the pipes of an attempt that has ended."""

@@ -43,6 +43,9 @@ class Host(Protocol):
     def handled(self, size: int) -> None:
         """One request, of so many bytes, is done."""
 
+    def close(self) -> None:
+        """End the connection: a mistake of ours has left a request of it without a reply."""
+
 
 class Inbox:
     """See the module. `name` is who is charged for the work."""
@@ -97,6 +100,9 @@ class Inbox:
                     yield
             except StopIteration as made:
                 self._reply(tag, made.value)
+            except Exception:
+                self._host.close()
+                raise
             self._host.handled(size)
             if not self._ready:
                 return

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
+from typing import Iterator
 
 NAME, NEW = "core.sock", "core.new"
 WAITING_MOST = 128  # connections that are not accepted yet
@@ -29,6 +31,14 @@ class Listener:
     def accept(self) -> socket.socket:
         """Return the next connection."""
         return self._sock.accept()[0]
+
+    def last(self) -> Iterator[socket.socket]:
+        """Refuse whoever comes from now on, as far as the system lets us (Linux does); yield who has come by now."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+        with suppress(OSError):
+            while True:
+                yield self.accept()
 
     @property
     def there(self) -> bool:

@@ -108,6 +108,11 @@ def is_keeper(peer: Caller) -> bool:
     return _holds(peer.pid, KEEPER_LOCK) is not False
 
 
+def is_ours(peer: Caller) -> bool:
+    """Whether this peer is a part of the server, as far as the kernel tells."""
+    return any(_holds(peer.pid, path) for path in (SHELL_LOCK, KEEPER_LOCK))
+
+
 def _holds(pid: int, path: str) -> bool | None:
     """Return whether a process holds a lock; `None` where the kernel does not tell."""
     for _ in range(_LOOKS):

@@ -7,6 +7,8 @@ Unaware: of what is watched and what a deadline is for.
 Each turn: requests and signals first, then deadlines, then what was asked for with `soon` (a slice of
 large work: scheduler.py), then bulk (output of agents) for a bounded time, then `end_of_turn`. So a
 flood of output delays a request by at most one slice of bulk.
+
+A mistake of ours in one of the calls costs that call and nothing else: it is logged once, and the loop goes on.
 """
 from __future__ import annotations
 
@@ -21,15 +23,18 @@ from typing import Callable
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 BULK_SLICE = 0.0005  # seconds
+PAUSE_SECS = 1.0     # before a descriptor's handler that failed is called again
+TOLD_MOST = 100      # mistakes that are remembered, so that none is logged twice
 
 
 class Watch:
     """A descriptor and whom to call; `bulk` ones wait until everything urgent is done."""
 
-    __slots__ = ("active", "bulk", "call", "events", "fd")
+    __slots__ = ("active", "bulk", "call", "events", "fd", "later")
 
     def __init__(self, fd: int, events: int, call: Callable[[int], object], bulk: bool) -> None:
         self.fd, self.events, self.call, self.bulk, self.active = fd, events, call, bulk, True
+        self.later: int | None = None  # its handler has failed; what is waited for after a pause
 
 
 class Timer:
@@ -53,6 +58,7 @@ class Reactor:
         self.clock = clock
         self.end_of_turn: Callable[[], None] = lambda: None
         self.say: Callable[[str], None] = lambda sentence: None
+        self._told: set[tuple[str, str]] = set()
         self._selector = selectors.DefaultSelector()
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = 0
@@ -75,6 +81,9 @@ class Reactor:
 
     def change(self, watch: Watch, events: int) -> None:
         """Wait for other events on a watched descriptor; for none at all with 0."""
+        if watch.later is not None:
+            watch.later = events
+            return
         if not watch.active or watch.events == events:
             return
         if not events:
@@ -116,10 +125,7 @@ class Reactor:
             timer = heapq.heappop(self._timers)[2]
             call, timer.call = timer.call, None
             if call is not None:
-                try:
-                    call()
-                except Exception:
-                    self.say("a deadline failed and is dropped: " + traceback.format_exc())
+                self.guard("a deadline", call)
 
     def soon(self, call: Callable[[], None]) -> None:
         """Call `call()` once in this turn, or in the next one if this turn has come further; the loop does not sleep
@@ -129,10 +135,7 @@ class Reactor:
     def _run_soon(self) -> None:
         calls, self._soon = self._soon, []
         for call in calls:
-            try:
-                call()
-            except Exception:
-                self.say("a call that was due in this turn failed and is dropped: " + traceback.format_exc())
+            self.guard("a call that was due in this turn", call)
 
     # ------------------------------------------------------------ signals
 
@@ -147,10 +150,32 @@ class Reactor:
         for number in dict.fromkeys(self._wake_in.recv(4096)):
             call = self._signals.get(number)
             if call is not None:
-                try:
-                    call()
-                except Exception:
-                    self.say("a deadline failed and is dropped: " + traceback.format_exc())
+                self.guard("the handler of a signal", call)
+
+    # ------------------------------------------------------------ mistakes
+
+    def guard(self, what: str, call: Callable[..., object], *args: object) -> bool:
+        """Call; if that fails, log it and go on. Return whether it went well."""
+        try:
+            call(*args)
+        except Exception as e:
+            self.mistake(what, e)
+            return False
+        return True
+
+    def mistake(self, what: str, error: Exception) -> None:
+        """Log that something failed, if it has not been logged before: what fails once may fail in every turn."""
+        try:
+            last = traceback.extract_tb(error.__traceback__)[-1:]
+            key = what, f"{type(error).__name__} {[(place.filename, place.lineno) for place in last]}"
+            if key not in self._told:
+                if len(self._told) >= TOLD_MOST:
+                    self._told.clear()
+                self._told.add(key)
+                said = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+                self.say(f"{what} failed, and the server goes on without; the same is not told again: {said}")
+        except Exception:  # no memory even for that
+            pass
 
     # ------------------------------------------------------------ the loop
 
@@ -174,7 +199,7 @@ class Reactor:
             self._run_soon()
         if self._bulk:
             self._run_bulk()
-        self.end_of_turn()
+        self.guard("the end of a turn", self.end_of_turn)
 
     def _run_bulk(self) -> None:
         """One chunk per descriptor, in order of arrival, for at most one slice; the rest keeps its place."""
@@ -187,12 +212,21 @@ class Reactor:
                     return
 
     def _call(self, watch: Watch, mask: int) -> None:
-        """Call whom a descriptor belongs to. A mistake of ours there costs that descriptor, never the loop."""
+        """Call whom a descriptor belongs to. If that fails, it is called again after a pause: what failed for lack of
+        memory or descriptors then goes on, and what always fails costs a call a second."""
         try:
             watch.call(mask)
-        except Exception:
-            self.say("a descriptor's handler failed and is not called again: " + traceback.format_exc())
-            self.unwatch(watch)
+        except Exception as e:
+            self.mistake("the handler of a descriptor", e)
+            if watch.active and watch.later is None:
+                events = watch.events
+                self.change(watch, 0)
+                watch.later = events
+                self.after(PAUSE_SECS, lambda: self._resume(watch))
+
+    def _resume(self, watch: Watch) -> None:
+        events, watch.later = watch.later or 0, None
+        self.change(watch, events)
 
     def stop(self) -> None:
         """Leave `run` after this turn."""

@@ -29,7 +29,6 @@ added, so that such a step goes behind quick ones.
 from __future__ import annotations
 
 import heapq
-import traceback
 from collections import deque
 from typing import Callable, Deque, Generator
 
@@ -167,10 +166,7 @@ class Scheduler:
         charged, _, owner = heapq.heappop(self._queue)
         self._least = max(self._least, charged)
         task, began = owner.tasks[0], clock()
-        try:
-            task.step()
-        except Exception:
-            self._reactor.say("a task failed and is dropped: " + traceback.format_exc())
+        self._reactor.guard("a task", task.step)
         owner.charged += clock() - began
         owner.tasks.popleft()
         if not task.done:

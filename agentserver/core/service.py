@@ -6,6 +6,9 @@ Unaware: of what a request means, and of the network.
 
 At the end of each turn: commit, then push events, then send replies. So nobody hears of what a
 SIGKILL could still undo.
+
+Before we yield to a successor we listen no more, and tell every client so that it can send no more; what it had sent
+by then is answered, and then its connection is closed. So no request is lost in between.
 """
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from .listener import NAME, Listener
 from .lock import held, restore
 from .log import Log
 from .orphan import end_orphaned
-from .peers import SHELL_LOCK, Caller, Hello, Shell, caller, is_keeper, shell
+from .peers import SHELL_LOCK, Caller, Hello, Shell, caller, is_keeper, is_ours, shell
 from .pushing import Pushing
 from .queries import Queries
 from .reactor import READ, WRITE, Reactor
@@ -45,6 +48,9 @@ from .takeover import End, Inheritance, Keeper, inherit
 from .witness import Witness
 
 CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
+YIELD_SECS = 2.0   # at most, for replies that are being made, or not read, when we are to yield to a successor
+LAST_SECS = 0.5    # at most, for all others, during which nobody can connect
+REFUSED_SECS = 1.0  # between two tries to accept a connection that fail
 LINGER_SECS = 1.0  # at most, for clients that listen, after the last agent has ended
 FINISH_SECS = 5.0  # at most, for tasks that are under way when we yield to a successor or end
 YIELDED = 3     # exit code of a core that left its work to a successor
@@ -82,15 +88,17 @@ class Service:
                                self._on_reload, config.message_bytes, say)
         self.handle = self.control.handle
         self._feed = feed
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}  # who was quiet for the longest is first
         left = process.descriptor_limit() - config.max_agents * process.FDS_PER_AGENT - process.FDS_RESERVE // 2
         self._connections_most = min(CONNECTIONS_MOST, max(process.FDS_RESERVE // 2, left))
         self._dirty: dict[Connection, None] = {}
+        self._durable = True  # what this turn has done is on disk
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
         self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
-        self._stranger_named = False
+        self._stranger_named = self._refusing = False
         self._listener: Listener | None = None
         self._lock, self._trouble = lock, ""
+        self._owing: set[Connection] = set()  # who is answered before we yield
         self.yielded = False  # a successor is ready to take over
         self.kept = Inheritance({}, {})  # what we yielded
 
@@ -158,7 +166,7 @@ class Service:
         self._end_of_turn()
         self._queries.close(None if self.yielded else RequestError("the server is shutting down", "shutting_down"))
         for connection in list(self._connections):
-            connection.send_now()
+            self.reactor.guard("sending", connection.send_now)
             connection.close()
         if self._listener is not None:
             self._listener.close(self.yielded)
@@ -180,28 +188,60 @@ class Service:
 
     def _hear(self, words: Sequence[Json | None]) -> None:
         for word in words:
-            if word is None:  # the keeper died; agents and clients need not notice
-                self.reactor.unwatch(self._channel_watch)
-                self._say("the keeper is gone; going on without")
-                self._adoption.keeper_lost()
-            elif "ended" in word:
-                pid, start, _leader, *rest = word["ended"]
-                self.supervisor.ending.departed(pid, start, process.Ended(*rest))
-                self._known.append(pid)
-            elif word.get("stop"):
-                self._stop()
-            elif word.get("yield"):
-                self.yielded = True
-                self.reactor.stop()
-            elif "ping" in word:  # what lies beside us is looked at in the same turn
-                self._restore()
-                self._keeper.channel.send({"pong": word["ping"]})
-            elif "parts" in word:
-                self.facts.set_parts(word["parts"])
-            elif "hold_again" in word:
-                self.supervisor.hold_again(word["hold_again"])
-            elif "reload_failed" in word:
-                self.facts.set_reload_failed(word["reload_failed"])
+            self.reactor.guard("a word of the keeper", self._heed, word)
+
+    def _heed(self, word: Json | None) -> None:
+        if word is None:  # the keeper died; agents and clients need not notice
+            self.reactor.unwatch(self._channel_watch)
+            self._say("the keeper is gone; going on without")
+            self._adoption.keeper_lost()
+        elif "ended" in word:
+            pid, start, _leader, *rest = word["ended"]
+            self.supervisor.ending.departed(pid, start, process.Ended(*rest))
+            self._known.append(pid)
+        elif word.get("stop"):
+            self._stop()
+        elif word.get("yield"):
+            self._yield()
+        elif "ping" in word:  # what lies beside us is looked at in the same turn
+            self._restore()
+            self._keeper.channel.send({"pong": word["ping"]})
+        elif "parts" in word:
+            self.facts.set_parts(word["parts"])
+        elif "hold_again" in word:
+            self.supervisor.hold_again(word["hold_again"])
+        elif "reload_failed" in word:
+            self.facts.set_reload_failed(word["reload_failed"])
+
+    def _yield(self) -> None:
+        """Let a successor go on, as soon as all who have asked are answered. Those first whom that may take a while:
+        meanwhile the others are served."""
+        self._owing = {connection for connection in self._connections if connection.owes}
+        for connection in list(self._owing):
+            connection.finish()
+        self.reactor.after(YIELD_SECS, self._yield_now)
+        if not self._owing:
+            self._yield_now()
+
+    def _yield_now(self) -> None:
+        if not self.yielded:
+            self.yielded = True
+            self._listen_no_more()
+            for connection in list(self._connections):
+                connection.finish()
+            self.reactor.after(LAST_SECS, self.reactor.stop)
+            self._leave_when_alone()
+
+    def _listen_no_more(self) -> None:
+        """Refuse who comes from now on, who then comes again; who has connected by now is heard."""
+        assert self._listener is not None
+        self.reactor.unwatch(self._accepting)
+        for sock in self._listener.last():
+            self._admit(sock)
+
+    def _leave_when_alone(self) -> None:
+        if self.yielded and not self._connections:
+            self.reactor.stop()
 
     def keeper_came(self, sock: socket.socket, caller: Caller) -> None:
         """A new keeper takes the place of one that died: it gets copies of all we hold."""
@@ -262,33 +302,45 @@ class Service:
     # ------------------------------------------------------------ the turn
 
     def _end_of_turn(self) -> None:
+        """Each part is done also when one before it has failed."""
+        self._durable = False
+        for part in (self._commit, self._take_back, self._pushing.flush, self._push, self._answer_keeper, self._send):
+            self.reactor.guard("the end of a turn", part)
+
+    def _commit(self) -> None:
         self.supervisor.family.stale()
-        durable = self.registry.commit()
-        if not durable:
-            self._take_back()
-        else:
+        self._durable = self.registry.commit()
+        if self._durable:
             self.supervisor.committed()
-            durable = self.registry.commit()  # what came of that; stdin is closed only now, for example
+            self._durable = self.registry.commit()  # what came of that; stdin is closed only now, for example
             if not self.supervisor.ending.parting:
                 self._last_words.known()
                 while self._known:
                     self._keeper.known(self._known.pop())
-        self.control.remembers = False
-        self._pushing.flush()
-        self._feed.flush(durable)
-        self.reactor.change(self._channel_watch, READ | (WRITE if self._keeper.channel.unsent else 0))
-        if self._dirty:
-            dirty, self._dirty = self._dirty, {}
-            for connection in dirty:
-                connection.send_now()
+
+    def _take_back(self) -> None:
+        """If what was done in this turn is not on disk, acknowledge nothing. Who asked reconnects, and asks again."""
+        remembers, self.control.remembers = self.control.remembers, False
+        if remembers and not self._durable:
+            for connection in list(self._dirty):
+                connection.close()
+
+    def _push(self) -> None:
+        self._feed.flush(self._durable)
         if self._pushing.ready:
             self.reactor.soon(_more)
 
-    def _take_back(self) -> None:
-        """What was done in this turn is not on disk: acknowledge nothing. Who asked reconnects, and asks again."""
-        if self.control.remembers:
-            for connection in list(self._dirty):
+    def _answer_keeper(self) -> None:
+        self.reactor.change(self._channel_watch, READ | (WRITE if self._keeper.channel.unsent else 0))
+
+    def _send(self) -> None:
+        dirty, self._dirty = self._dirty, {}
+        for connection in dirty:
+            if not self.reactor.guard("sending", connection.send_now):
                 connection.close()
+            elif connection in self._connections:  # it is the last one that was quiet
+                del self._connections[connection]
+                self._connections[connection] = None
 
     def _tick(self) -> None:
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
@@ -306,17 +358,39 @@ class Service:
         assert self._listener is not None
         try:
             sock = self._listener.accept()
-        except OSError as e:  # out of descriptors: let those who wait wait a little longer
-            self._say(f"a connection could not be accepted: {e}")
-            self.reactor.change(self._accepting, 0)
-            self.reactor.after(1.0, lambda: self.reactor.change(self._accepting, READ))
+        except BlockingIOError:
             return
+        except OSError as e:  # out of descriptors or memory: those who wait wait a little longer
+            if not self._refusing:
+                self._say(f"no connection can be accepted for now: {e.strerror}")
+            self._refusing = True
+            self._cut_quiet(known=False)
+            self.reactor.change(self._accepting, 0)
+            self.reactor.after(REFUSED_SECS, lambda: self.reactor.change(self._accepting, READ))
+            return
+        self._refusing = False
+        self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        """Take a new connection in, if it is our user's and there is room."""
         who = caller(sock)
-        if who.uid not in (os.getuid(), 0) or len(self._connections) >= self._connections_most:
+        full = len(self._connections) >= self._connections_most
+        if who.uid not in (os.getuid(), 0) or (full and not self._cut_quiet(known=True) and not is_ours(who)):
             sock.close()
             return
         sock.setblocking(False)
-        self._connections.add(Connection(sock, who, self))
+        connection = Connection(sock, who, self)
+        self._connections[connection] = None
+        if self.yielded:
+            connection.finish()
+
+    def _cut_quiet(self, known: bool) -> bool:
+        """Cut off one that is quiet, if there is one: first who never asked, then, if `known` may go too, who was quiet
+        for the longest. An honest client connects again."""
+        quiet = [each for each in self._connections if each.quiet and (known or not each.known)]
+        for connection in sorted(quiet, key=lambda each: each.known)[:1]:
+            connection.close()
+        return bool(quiet)
 
     def hello(self, hello: Hello, caller: Caller) -> Shell | None:
         """A peer says that it is a shell, and where it listens: note that if it is."""
@@ -347,11 +421,16 @@ class Service:
 
     def gone(self, connection: Connection) -> None:
         """Forget a closed connection."""
-        self._connections.discard(connection)
+        self._connections.pop(connection, None)
         self._dirty.pop(connection, None)
         self._feed.subscribe(connection, ())
         if connection.shell is not None and not any(c.shell for c in self._connections):
             self.facts.set_shell(None)
+        if connection in self._owing:
+            self._owing.discard(connection)
+            if not self._owing:
+                self._yield_now()
+        self._leave_when_alone()
 
     def _stats(self) -> Json:
         by_status: dict[str, int] = {}

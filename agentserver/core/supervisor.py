@@ -371,7 +371,7 @@ class Supervisor:
         if self._after_commit and self._keeper.has_everything:
             calls, self._after_commit = self._after_commit, []
             for call in calls:
-                call()
+                self.reactor.guard("what had to wait for the disk", call)
 
     def release(self, agent_id: str, names: list[str]) -> None:
         """Tell the keeper what it need not hold any longer."""
@@ -415,7 +415,7 @@ class Supervisor:
             except RequestError as e:
                 self._say(f"{agent.label()} could not be restarted: {e}")
         self.after_commit(lambda: self._forget_held(agent))
-        self.retain()
+        self.reactor.guard("retention", self.retain)
         self._maybe_down()
 
     def _forget_held(self, agent: Agent) -> None:
@@ -499,7 +499,7 @@ class Supervisor:
         for agent in self.live:
             if agent.run is not None and agent.run.ended is None:
                 grace = agent.grace_secs if grace_secs is None else grace_secs
-                self.stop(agent, ask, min(grace, bound), reason="shutdown")
+                self.reactor.guard("stopping an agent", self.stop, agent, ask, min(grace, bound), "shutdown")
         self.reactor.after(bound, self.hurry)
         self.reactor.after(self.config.shutdown_timeout_secs, self._down)
         self._maybe_down()
@@ -508,7 +508,7 @@ class Supervisor:
         """SIGKILL whatever still runs."""
         for agent in self.live:
             if agent.run is not None and agent.run.ended is None:
-                self.kill(agent, SERVER, "shutdown")
+                self.reactor.guard("killing an agent", self.kill, agent, SERVER, "shutdown")
 
     def _maybe_down(self) -> None:
         if self.state == "draining" and not self.active:

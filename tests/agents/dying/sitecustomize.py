@@ -23,6 +23,8 @@ def deadly(name):
     call = getattr(os, name)
 
     def called(*given, **named):
+        if name == "kill" and not given[1]:  # it only asks whether it may
+            return call(*given, **named)
         dies("before " + name)
         try:
             return call(*given, **named)
