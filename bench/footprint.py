@@ -16,6 +16,7 @@ from table import Benchmark, Figures, Row, most
 
 CHILDREN = 1000
 #: has printed, so that its output is being recorded, and does nothing from then on
+CHECKPOINT_SECS = 12.0  # a little more than the default of status_update_interval_secs
 QUIET = ("sh", "-c", "echo ready; exec sleep 1000")
 SAID = len("ready\n")
 
@@ -59,7 +60,7 @@ class Footprint(Benchmark):
         return found
 
     def _idle(self, pids: Dict[str, int]) -> Figures:
-        time.sleep(1)  # what the last spawn left to do
+        time.sleep(CHECKPOINT_SECS)  # what the last spawn left to do: the registry's log is moved into it
         ticks, used = _ticks(pids), _used(pids)
         time.sleep(self.idle_secs)
         return {"idle": (_used(pids) - used) / 1e9 / self.idle_secs * 100, "ticks": _ticks(pids) - ticks}

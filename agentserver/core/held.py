@@ -39,9 +39,10 @@ class Held:
                 os.close(fd)
         self._tell()
 
-    def __len__(self) -> int:
-        """For how many agents something is held."""
-        return len(self._fds)
+    @property
+    def agents(self) -> set[str]:
+        """The agents of which something is held."""
+        return set(self._fds)
 
     def hear(self, word: Json) -> None:
         """Do what the core asks: hold, release, or forget an end."""

@@ -21,7 +21,7 @@ from typing import Callable
 
 from ..config import ServerConfig
 from ..errors import StartError
-from . import process, tree
+from . import leftovers, process, tree
 from .channel import Json
 from .finding import find
 from .held import Held
@@ -29,11 +29,12 @@ from .lock import restore
 from .log import Log
 from .notify import Notify, stored
 from .part import Part
-from .pulse import ASK_SECS, Pulse
+from .pulse import Pulse
 from .renew import Trial, become, stamp
 
 WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
+LOCK_SECS = 6.0              # between two looks at whether our lock's file is still there
 RELOAD_SECS = 60.0           # for a successor to serve, before it is killed and the core before it goes on
 
 
@@ -88,12 +89,11 @@ class Keeper:
             code = self._look_after()
         except Exception:
             if not (self._serves and self._core.pid):  # else it goes on without us, for another keeper to find
-                self._end_parts()
+                self._end_all()
             raise
         else:
             self._notify.stopping()
-            self._end_parts()
-            return code
+            return code if self._end_all() else 1
         finally:
             self._notify.close()
             signal.set_wakeup_fd(-1)
@@ -234,7 +234,7 @@ class Keeper:
         """A cleaner of old files may remove our lock's file; then another `serve` would take itself for the first."""
         if time.monotonic() < self._lock_at:
             return
-        self._lock_at = time.monotonic() + ASK_SECS
+        self._lock_at = time.monotonic() + LOCK_SECS
         try:
             restore(self._lock, os.path.join(self._config.state_dir, "keeper.lock"))
         except (OSError, StartError) as e:
@@ -484,6 +484,30 @@ class Keeper:
             raise StartError(why)
         self._say(f"{why}; starting it again")
 
+    def _end_all(self) -> bool:
+        """End the parts, and after a core that could not come back to do it the agents; return whether all has gone."""
+        finished = self._core.done
+        self._end_parts()
+        if finished or not self._stopping:
+            return True
+        grace = min(self._config.grace_secs, self._config.shutdown_timeout_secs)
+        self._notify.stopping(grace + PART_STOP_SECS)
+        return leftovers.end(self._held.agents, grace, self._pause, self._say)
+
+    def _pause(self, secs: float) -> bool:
+        """Wait for a moment, and reap; return whether a signal asks us to hurry."""
+        select.select([self._wake], [], [], secs)
+        try:
+            heard = self._wake.recv(4096)
+        except BlockingIOError:
+            heard = b""
+        for pid, _ended, _seen in process.collect(tree.look):
+            for part in self._everyone:
+                if part.pid == pid:
+                    part.dead()
+        self._notify.work()
+        return signal.SIGTERM in heard or signal.SIGINT in heard
+
     def _end_parts(self) -> None:
         """Let the parts that still run leave, core first; kill what does not."""
         if self._trial is not None and self._trial.code is None:
@@ -492,15 +516,7 @@ class Keeper:
             part.stop()
         until = time.monotonic() + PART_STOP_SECS
         while any(part.pid for part in self._parts) and time.monotonic() < until:
-            select.select([self._wake], [], [], max(0.0, until - time.monotonic()))
-            try:
-                self._wake.recv(4096)
-            except BlockingIOError:
-                pass
-            for pid, _ended, _seen in process.collect(tree.look):
-                for part in self._everyone:
-                    if part.pid == pid:
-                        part.dead()
+            self._pause(max(0.0, until - time.monotonic()))
         for part in self._everyone:
             if part.pid and part.ours:
                 process.send(part.pid, signal.SIGKILL)

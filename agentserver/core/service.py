@@ -53,6 +53,7 @@ LAST_SECS = 0.5    # at most, for all others, during which nobody can connect
 REFUSED_SECS = 1.0  # between two tries to accept a connection that fail
 LINGER_SECS = 1.0  # at most, for clients that listen, after the last agent has ended
 FINISH_SECS = 5.0  # at most, for tasks that are under way when we yield to a successor or end
+RESTORE_PINGS = 3  # from one look at what lies in the state directory to the next
 YIELDED = 3     # exit code of a core that left its work to a successor
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time; or `events_secs`, if that is less
 
@@ -203,9 +204,10 @@ class Service:
             self._stop()
         elif word.get("yield"):
             self._yield()
-        elif "ping" in word:  # what lies beside us is looked at in the same turn
-            self._restore()
+        elif "ping" in word:
             self._keeper.channel.send({"pong": word["ping"]})
+            if word["ping"] % RESTORE_PINGS == 0:
+                self._restore()
         elif "parts" in word:
             self.facts.set_parts(word["parts"])
         elif "hold_again" in word:
