@@ -12,13 +12,14 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Callable
 
 import pytest
-from support import DEADLINE_SECS, Server, agent, wait_until
+from support import DEADLINE_SECS, MAIN, Server, agent, wait_until
 from test_faults import back, zmq_answers
 from test_tree import grown
 from wire import LineWire, alive, new_id, states
@@ -258,3 +259,21 @@ def leave_when_missed(log: Path, squatter: socket.socket) -> None:
     """Let go of an address when a shell has said that it cannot have it."""
     wait_until(lambda: log.exists() and "already listens" in log.read_text(), what="a shell that complains")
     squatter.close()
+
+
+@pytest.mark.parametrize("happens", [kill_core, lambda server: reload(server, by_signal)], ids=["kill", "reload"])
+def test_an_agent_that_asks_to_be_signalled_when_its_parent_dies(server: Server,
+                                                                 happens: Callable[[Server], None]) -> None:
+    """The kernel sends it when the core ends, and who asks why is told so; other ends are not put down to that."""
+    with LineWire(server.socket_path) as wire:
+        asked, other = wire.spawn("orphan_signal"), wire.spawn("sleeper")
+    happens(server)
+    with LineWire(server.socket_path) as wire:
+        record = wire.exit(asked)
+        assert record["signal"] == "SIGTERM" and record["reason"] == "signaled" and record["by"] is None
+        assert "PR_SET_PDEATHSIG" in record["message"]
+        wire.control(other, "kill")
+        assert "message" not in wire.exit(other)
+    said = subprocess.run([sys.executable, str(MAIN), "why", asked], text=True, stdout=subprocess.PIPE,
+                          env={**os.environ, "AGENTSERVER_SERVER": f"unix:{server.socket_path}"}).stdout
+    assert "PR_SET_PDEATHSIG" in said

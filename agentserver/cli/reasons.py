@@ -70,8 +70,8 @@ def _signaled(record: ExitRecord) -> str:
     name = record.signal or "a signal"
     if record.by:
         return f"{_who(record)} sent it {name}, and it ended by that."
-    hint = _HINTS.get(name)
-    return f"{name} ended it, and this server did not send that{': ' + hint if hint else ''}."
+    hint = record.raw.get("message") or _HINTS.get(name)
+    return f"{name} ended it, and this server did not send that{f': {hint}' if hint else ''}."
 
 
 def _stop(record: ExitRecord) -> str:

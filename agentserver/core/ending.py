@@ -26,6 +26,8 @@ from .tree import Proc
 
 AGAIN_SECS = 1.0  # SIGKILL is repeated at this pace while something of a tree is left (D state, fork races)
 LEAKED_MOST = 1000  # of a tree that are named in an exit record
+WITH_CORE = ("it ended in the moment in which the server's core did, so that the likely cause is the kernel: a program "
+             "may ask it for a signal when its parent dies (PR_SET_PDEATHSIG, prctl(2)), as some sandboxes do")
 LEFTOVER_SECS = 5.0  # the end is recorded after this time though something unkillable is left
 #: why something outlived its agent: it is another user's; it does not end (state D); the setting `orphans` says so
 NOT_PERMITTED, UNKILLABLE, LEFT_ALONE = "not_permitted", "unkillable", "left_alone"
@@ -258,7 +260,8 @@ def verdict(agent: Agent, run: Run, clock: float) -> tuple[str, Json]:
     elif ended.code is None and ended.signal is None:  # it ended while nobody who could know was there
         given, reason = lifecycle.LOST, "lost"
     return given, exit_record(reason, by, max(0.0, clock - agent.began), ended,
-                              [{"pid": pid, "command": command} for pid, command in run.leaked.items()], run.survivors)
+                              [{"pid": pid, "command": command} for pid, command in run.leaked.items()], run.survivors,
+                              WITH_CORE if ended.with_core and reason == "signaled" and by is None else "")
 
 
 def exit_record(reason: str, by: str | None, duration: float, ended: Ended | None, leaked: Sequence[Json] = (),

@@ -11,6 +11,7 @@ First start, a crash of the core and its upgrade are one path: the new core is h
 from __future__ import annotations
 
 import os
+import time
 from typing import Iterator, Mapping, Sequence
 
 from .channel import LOST, Channel, Json
@@ -19,6 +20,7 @@ from .process import Ended
 from .tree import Proc
 
 ENDS_MOST = 10_000
+WITH_CORE_SECS = 1.0  # after the end of a core, in which an end is put down to it
 AGAIN_SECS = 2.0  # between two tries to have descriptors for which there was no room
 
 
@@ -31,6 +33,8 @@ class Held:
         self._lost: set[str] = set()  # agents of which we had no room for a descriptor
         self._lost_at = 0.0           # when to ask for them next
         self._ends: dict[int, list[object]] = {}
+        self._with_core: set[int] = set()   # who ended in the moment in which a core did
+        self._core_ended = float("-inf")    # monotonic
         for both, fd in stored.items():
             agent_id, dot, name = both.partition(".")
             if dot:
@@ -59,7 +63,7 @@ class Held:
                 self._lost.discard(word["release"])
             self._tell()
         elif "known" in word:
-            self._ends.pop(word["known"], None)
+            self._forget(word["known"])
 
     def lost(self, now: float) -> list[str]:
         """Return of which agents a descriptor was lost, for the core to give it to us again; not all the time."""
@@ -92,14 +96,27 @@ class Held:
     def _tell(self) -> None:
         self._manager.status(f"{len(self._fds)} agents are held")
 
+    def core_ended(self) -> None:
+        """A core has ended. The kernel signals those of its children that asked for that (PR_SET_PDEATHSIG)."""
+        self._core_ended = time.monotonic()
+
     def ended(self, pid: int, ended: Ended, seen: Proc | None, core: Channel | None) -> None:
         """A process that is no part of the server has ended: tell the core, and remember it until it is known."""
         start, leader = (seen.start, seen.session == pid) if seen is not None else (0, False)
-        self._ends[pid] = [pid, start, leader, *ended]
+        self._ends[pid] = [pid, start, leader, *ended[:4]]
+        if time.monotonic() - self._core_ended < WITH_CORE_SECS:
+            self._with_core.add(pid)
         if len(self._ends) > ENDS_MOST:
-            del self._ends[next(iter(self._ends))]
+            self._forget(next(iter(self._ends)))
         if core is not None:
-            core.send({"ended": self._ends[pid]})
+            core.send(self._told(pid))
+
+    def _told(self, pid: int) -> Json:
+        return {"ended": self._ends[pid], "with_core": pid in self._with_core}
+
+    def _forget(self, pid: int) -> None:
+        self._ends.pop(pid, None)
+        self._with_core.discard(pid)
 
     def state(self) -> tuple[dict[str, dict[str, int]], list[list[object]]]:
         """Return everything, for a newer version of us; the numbers of the descriptors stay as they are."""
@@ -120,6 +137,7 @@ class Held:
         for agent_id in list(self._fds):
             if agent_id in self._fds:
                 yield {"held": agent_id, "names": list(self._fds[agent_id])}, list(self._fds[agent_id].values())
-        for end in list(self._ends.values()):
-            yield {"ended": end}, ()
+        for pid in list(self._ends):
+            if pid in self._ends:
+                yield self._told(pid), ()
         yield {"go": True}, ()

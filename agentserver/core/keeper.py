@@ -455,6 +455,8 @@ class Keeper:
 
     def _part_ended(self, part: Part, code: int) -> int | None:
         ready = part.ready
+        if part is not self._shell:
+            self._held.core_ended()
         part.dead()
         if part is self._before:
             self._before = None

@@ -35,12 +35,14 @@ _WORDS = {"interrupt": "INT", "terminate": "TERM", "hangup": "HUP", "continue": 
 
 
 class Ended(NamedTuple):
-    """How a process ended: exit code or signal number, and what it used (getrusage(2)); None: nobody knows."""
+    """How a process ended: exit code or signal number, and what it used (getrusage(2)); None: nobody knows.
+    `with_core`: in the moment in which a core ended."""
 
     code: int | None
     signal: int | None
     cpu_secs: float | None
     max_rss_bytes: int | None
+    with_core: bool = False
 
 
 def home() -> str:

@@ -44,7 +44,7 @@ from .reactor import READ, WRITE, Reactor
 from .registry import Ask, Registry, check_registry
 from .scheduler import Scheduler
 from .supervisor import SERVER, Supervisor
-from .takeover import End, Inheritance, Keeper, inherit
+from .takeover import End, Inheritance, Keeper, inherit, told_end
 from .witness import Witness
 
 CONNECTIONS_MOST = 1000  # or fewer, so that the agents keep their descriptors
@@ -197,8 +197,8 @@ class Service:
             self._say("the keeper is gone; going on without")
             self._adoption.keeper_lost()
         elif "ended" in word:
-            pid, start, _leader, *rest = word["ended"]
-            self.supervisor.ending.departed(pid, start, process.Ended(*rest))
+            pid, start = word["ended"][:2]
+            self.supervisor.ending.departed(pid, start, told_end(word))
             self._known.append(pid)
         elif word.get("stop"):
             self._stop()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from typing import Any, Mapping, NamedTuple
+from typing import Mapping, NamedTuple
 
 from ..errors import StartError
 from . import process, terminal, tree
@@ -49,10 +49,16 @@ class Inheritance(NamedTuple):
             for fd in held.values():
                 os.close(fd)
 
-    def note(self, told: list[Any]) -> None:
+    def note(self, word: Json) -> None:
         """Take one end as the keeper tells it."""
-        pid, start, leader, *rest = told
-        self.ends[pid] = End(start, leader, Ended(*rest))
+        pid, start, leader, *_rest = word["ended"]
+        self.ends[pid] = End(start, leader, told_end(word))
+
+
+def told_end(word: Json) -> Ended:
+    """Return how a process ended, as the keeper tells it."""
+    code, number, cpu_secs, max_rss_bytes = word["ended"][3:7]
+    return Ended(code, number, cpu_secs, max_rss_bytes, word.get("with_core", False))
 
 
 class Found(NamedTuple):
@@ -135,7 +141,7 @@ def inherit(channel: Channel) -> Inheritance:
                 raise StartError("there is no room for the descriptors of the agents: this process may have "
                                  f"{process.descriptor_limit()} open; raise the limit (ulimit -Hn, or fs.file-max)")
         elif "ended" in word:
-            left.note(word["ended"])
+            left.note(word)
     return left
 
 
@@ -186,7 +192,7 @@ class TakeOver:
                 return proc.pid, proc.start
         for word in self._keeper.reap():  # it may have ended just now
             if "ended" in word:
-                self._left.note(word["ended"])
+                self._left.note(word)
         began = tree.ticks_now() - (time.time() - self._witness.began) * tree.TICKS
         ended = sorted((end.start, pid) for pid, end in self._left.ends.items()
                        if end.leader and began - BEGIN_SECS * tree.TICKS <= end.start <= began + 1)
