@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from typing import Any, AsyncIterator, Awaitable, Deque, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 
 from . import follow as following
 from . import lines
-from .address import default_address, route_of, with_pyzmq
+from .address import default_address, route_of, with_pyzmq, zmq_endpoint
 from .calls import Calls, Json, Ref, Refs
 from .client import Output
 from .core.alink import AsyncLineLink, AsyncLink, within
@@ -33,7 +34,7 @@ def open_async_link(address: str) -> AsyncLink:
     route = route_of(address)
     if route is not None:
         return AsyncLineLink(route)
-    link: AsyncLink = with_pyzmq(".shell.alink", address).AsyncZmqLink(address)
+    link: AsyncLink = with_pyzmq(".shell.alink", address).AsyncZmqLink(zmq_endpoint(address))
     return link
 
 
@@ -44,11 +45,11 @@ class AsyncAgentClient:
     which any number of coroutines may use it at once. Any await may be cancelled.
     """
 
-    def __init__(self, address: Optional[str] = None, *, timeout: float = 30.0,
-                 retry_secs: Optional[float] = None) -> None:
+    def __init__(self, address: Optional[str] = None, *, timeout: float = 30.0, retry_secs: Optional[float] = None,
+                 deadline: Optional[float] = None) -> None:
         self.address = address or default_address(os.environ)
         self._link = open_async_link(self.address)
-        self._calls = Calls(self.address, timeout, retry_secs, self._link.attempt_secs)
+        self._calls = Calls(self.address, timeout, retry_secs, self._link.attempt_secs, deadline)
         self._turns = _Turns(AT_ONCE)
 
     async def __aenter__(self) -> AsyncAgentClient:
@@ -79,6 +80,7 @@ class AsyncAgentClient:
 
     async def _run(self, talk: Talk[T]) -> T:
         """Have a conversation and return what it returns."""
+        talk = self._calls.bounded(talk)
         driver = _Driver(self)
         try:
             step = resume(talk)
@@ -92,6 +94,7 @@ class AsyncAgentClient:
 
     async def _iterate(self, talk: Talk[None]) -> AsyncIterator[Any]:
         """Have a conversation and yield its items."""
+        talk = self._calls.bounded(talk)
         driver = _Driver(self)
         try:
             step = resume(talk)
@@ -311,16 +314,17 @@ class _Driver:
         if isinstance(step, Listen):
             self.close()
             self._ear = self._client.open_link()
-            return await self._ear.subscribe(step.topics, step.endpoint)
+            return await self._ear.subscribe(step.topics, step.endpoint, step.timeout)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.secs)
         return self._client._link.close()
 
     async def _ask(self, step: Ask) -> bytes:
-        turns = self._client._turns
+        turns, until = self._client._turns, time.monotonic() + step.left
         await turns.take(step.left)
         try:
-            return await self._client._link.request(step.raw, step.request_id, step.timeout)
+            left = max(min(step.timeout, until - time.monotonic()), 0.001)
+            return await self._client._link.request(step.raw, step.request_id, left)
         finally:
             turns.give()
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Sequence, TypeVar, Union
 
 from .core.link import NotThere
 from .errors import LinkError, RequestError, RequestTimeout
 from .messages import AgentConfig
 from .results import AgentInfo, BatchOutcome, Chunk, EventsPage, FoundLines, Health, LastLines, ServerStats
-from .talk import Ask, HangUp, Pause, Talk
+from .talk import Ask, HangUp, Pause, Talk, until
 from .wire import encode, new_id, to_wire, wire_text
 
 Json = Dict[str, Any]
+T = TypeVar("T")
 
 _FIRST_PATIENCE = 1.0      # seconds for a server that never answered: it may just be starting a part again
 _KNOWN_PATIENCE = 10.0     # for one that did
@@ -52,12 +53,20 @@ class Calls:
     """
 
     def __init__(self, address: str, timeout: float, retry_secs: Optional[float], attempt_secs: float,
-                 clock: Callable[[], float] = time.monotonic) -> None:
+                 deadline: Optional[float] = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.address, self.timeout, self.retry_secs, self.clock = address, timeout, retry_secs, clock
+        self.deadline = float("inf") if deadline is None else deadline
         self._attempt_secs = attempt_secs
         self._met = False
         #: ends that were pushed to this client, by agent: to be believed where the server has gone since (follow.py)
         self.ends: Dict[str, AgentInfo] = {}
+
+    def bounded(self, talk: Talk[T]) -> Talk[T]:
+        """Return a conversation that is over at this client's deadline."""
+        if self.deadline == float("inf"):
+            return talk
+        return until(talk, self.deadline, self.clock,
+                     lambda: f"the time given was over before {self.address} had answered")
 
     # ------------------------------------------------------------ one request
 

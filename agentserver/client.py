@@ -12,7 +12,7 @@ from typing import Any, Iterator, List, Mapping, Optional, Sequence, Tuple, Type
 
 from . import follow as following
 from . import lines
-from .address import default_address, route_of, with_pyzmq
+from .address import default_address, route_of, with_pyzmq, zmq_endpoint
 from .calls import Calls, Json, Ref, Refs
 from .core.link import LineLink, Link
 from .follow import Since
@@ -40,7 +40,7 @@ def open_link(address: str) -> Link:
     route = route_of(address)
     if route is not None:
         return LineLink.over(route)
-    link: Link = with_pyzmq(".shell.link", address).ZmqLink(address)
+    link: Link = with_pyzmq(".shell.link", address).ZmqLink(zmq_endpoint(address))
     return link
 
 
@@ -51,15 +51,17 @@ class AgentClient:
                   `None`: AGENTSERVER_SERVER, else the local state directory's core socket if it exists, else
                   tcp://127.0.0.1:5555
     `timeout`     seconds for one request, with all its tries
+    `deadline`    a time of `time.monotonic()` at which every call of this client is over: it raises `RequestTimeout`
+                  then, whatever it waits for
     `retry_secs`  how long a server that cannot be reached is tried again; `None`: 10 for one that was reached
                   before, 1 for others, 0 where there is not even a socket
     """
 
-    def __init__(self, address: Optional[str] = None, *, timeout: float = 30.0,
-                 retry_secs: Optional[float] = None) -> None:
+    def __init__(self, address: Optional[str] = None, *, timeout: float = 30.0, retry_secs: Optional[float] = None,
+                 deadline: Optional[float] = None) -> None:
         self.address = address or default_address(os.environ)
         self._link = open_link(self.address)
-        self._calls = Calls(self.address, timeout, retry_secs, self._link.attempt_secs)
+        self._calls = Calls(self.address, timeout, retry_secs, self._link.attempt_secs, deadline)
 
     def __enter__(self) -> AgentClient:
         return self
@@ -88,6 +90,7 @@ class AgentClient:
 
     def _run(self, talk: Talk[T]) -> T:
         """Have a conversation and return what it returns."""
+        talk = self._calls.bounded(talk)
         with _Driver(self) as driver:
             step = resume(talk)
             while not isinstance(step, Over):
@@ -97,6 +100,7 @@ class AgentClient:
 
     def _iterate(self, talk: Talk[None]) -> Iterator[Any]:
         """Have a conversation and yield its items."""
+        talk = self._calls.bounded(talk)
         with _Driver(self) as driver:
             try:
                 step = resume(talk)
@@ -337,7 +341,7 @@ class _Driver:
             if self._ear is not None:
                 self._ear.close()
             self._ear = self._client.open_link()
-            return self._ear.subscribe(step.topics, endpoint=step.endpoint)
+            return self._ear.subscribe(step.topics, endpoint=step.endpoint, timeout=step.timeout)
         if isinstance(step, Pause):
             return time.sleep(step.secs)
         return self._client._link.close()

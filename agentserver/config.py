@@ -12,12 +12,12 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
+from .endpoint import MAX_IPC_PATH, port_number, split
 from .errors import ConfigError
+from .paths import expanded, state_dir, working_directory
 
 BACKEND_KEYS = ("like", "program", "argv", "argv_pipe", "stdin", "finish", "environment")
 BACKEND_KEY_PREFIXES = ("environment.", "file.", "tools.")
-MAX_IPC_PATH = 107         # bytes; sun_path of unix(7) less its final NUL
-
 KIB, MIB, DAY = 1024, 1024 * 1024, 86400.0
 _MOST_SECS = 3650 * DAY
 
@@ -64,8 +64,8 @@ def check_endpoint(endpoint: str, name: str = "endpoint") -> str:
 
 
 def _check_tcp(address: str, name: str) -> str:
-    host, colon, port = address.rpartition(":")
-    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
+    host, port = split(address)
+    if port_number(port) < 0:
         raise ConfigError(f"{name} must end in :PORT, a number from 0 to 65535 (0 takes a free one), "
                           f"not tcp://{shown(address)[1:-1]}")
     if host == "localhost":  # not looked up: what a resolver says about it decides who can reach us
@@ -201,15 +201,19 @@ class ServerConfig:
         for name, section in self.backends.items():
             check_backend_keys(name, section)
 
-    def resolved(self, cwd: str) -> ServerConfig:
-        """Return the settings without what depends on where we are: absolute paths, `~` expanded, a server id."""
+    def resolved(self, cwd: Optional[str] = None) -> ServerConfig:
+        """Return the settings without what depends on where we are: absolute paths, `~` expanded, a server id.
+
+        `cwd` is where we are; `None`: ask the system, where any path needs it."""
         def absolute(path: str) -> str:
-            return os.path.normpath(os.path.join(cwd, os.path.expanduser(path)))
+            path = expanded(path)
+            here = "" if os.path.isabs(path) else cwd or working_directory()
+            return os.path.normpath(os.path.join(here, path))
 
         def bound(endpoint: str) -> str:
             return "ipc://" + absolute(endpoint[6:]) if endpoint.startswith("ipc://") else endpoint
 
-        return replace(self, state_dir=absolute(self.state_dir or default_state_dir(os.environ)),
+        return replace(self, state_dir=absolute(state_dir(os.environ, self.state_dir)),
                        agent_dir=absolute(self.agent_dir), server_id=self.server_id or os.uname().nodename,
                        endpoint=bound(self.endpoint), pub_endpoint=bound(self.pub_endpoint))
 
@@ -319,17 +323,6 @@ SETTINGS: Tuple[Setting, ...] = tuple(
     Setting(name=f.name, type=type(f.default), default=f.default, **f.metadata)
     for f in fields(ServerConfig) if f.metadata)
 BY_NAME = {setting.name: setting for setting in SETTINGS}
-
-
-def default_state_dir(environ: Mapping[str, str]) -> str:
-    """Return where state lives when nobody says (XDG Base Directory: a relative XDG_STATE_HOME is ignored)."""
-    base = environ.get("XDG_STATE_HOME", "")
-    if not os.path.isabs(base):
-        home = environ.get("HOME") or os.path.expanduser("~")
-        if not os.path.isabs(home):
-            raise ConfigError("there is no home directory to keep state in; name a directory with --state-dir")
-        base = os.path.join(home, ".local", "state")
-    return os.path.join(base, "agentserver")
 
 
 def check_backend_keys(name: str, section: Mapping[str, Any]) -> None:

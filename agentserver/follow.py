@@ -7,24 +7,26 @@ Unaware: of how hints come, and when to look without one (hints.py).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Sequence, TypeVar, Union
 
 from .calls import Calls, Json
 from .errors import LinkError, RequestError, RequestTimeout
 from .hints import SERVER, Hints
 from .results import AgentInfo, Chunk, EventsDropped, OutputDropped
-from .talk import Item, Talk
+from .talk import Item, Talk, until
 from .wire import MAX_INT, rfc3339
 
 if TYPE_CHECKING:
     from datetime import datetime
 
 Since = Union[None, str, "datetime", Mapping[Any, int]]
+T = TypeVar("T")
 STREAMS = ("stdout", "stderr")
 
 _GONE_SECS = 1.0       # how long a server that told of an end and cannot be reached is tried before that is believed
 _READ_BYTES = 1024 * 1024  # at once, by one who is behind: more would only keep the server's loop busy for longer
 _AT_ONCE = 100         # hints that are heard between two reads by one who is behind
+_LOOK_SECS = 1.0       # for a look at what is there already, however short a time was given for the waiting
 _STORED = frozenset(("status_changed", "error", "completed", "terminated"))
 
 
@@ -62,13 +64,28 @@ def _deadline(calls: Calls, timeout: Optional[float]) -> float:
     return float("inf") if timeout is None else calls.clock() + timeout
 
 
+def _bounded(calls: Calls, talk: Talk[T], deadline: float, late: Callable[[], str]) -> Talk[T]:
+    """Return a conversation that waits for nobody beyond its deadline, but has the time to look once."""
+    return until(talk, max(deadline, calls.clock() + _LOOK_SECS), calls.clock, late)
+
+
 # ---------------------------------------------------------------- waiting
 
 def wait(calls: Calls, refs: Any, any_: bool, status: Optional[str], timeout: Optional[float]) -> Talk[List[AgentInfo]]:
     """See `AgentClient.wait`."""
     deadline = _deadline(calls, timeout)
+    pending: Dict[str, None] = {}
+
+    def late() -> str:
+        return _still(calls, list(pending), status, timeout)
+    return _bounded(calls, _wait(calls, refs, any_, status, deadline, pending, late), deadline, late)
+
+
+def _wait(calls: Calls, refs: Any, any_: bool, status: Optional[str], deadline: float, pending: Dict[str, None],
+          late: Callable[[], str]) -> Talk[List[AgentInfo]]:
+    """Wait; who is still waited for is in `pending`."""
     ids = yield from calls.resolve_all(refs)
-    pending = dict.fromkeys(ids)
+    pending.update(dict.fromkeys(ids))
     everyone = len(pending)
     truth, hints = _Truth(calls), Hints(calls, [f"status.{id_}" for id_ in pending], pending, deadline)
     try:
@@ -83,8 +100,7 @@ def wait(calls: Calls, refs: Any, any_: bool, status: Optional[str], timeout: Op
                 del pending[agent_id]
                 hints.forget(agent_id)
     except RequestTimeout as e:
-        late = calls.clock() >= deadline
-        raise RequestTimeout(_still(list(pending), status, timeout) if late else str(e)) from None
+        raise RequestTimeout(late() if calls.clock() >= deadline else str(e)) from None
     found = []
     for agent_id in ids:
         if agent_id not in pending:
@@ -96,7 +112,9 @@ def _reached(now: Any, wanted: Optional[str]) -> bool:
     return now == wanted or _finished(now)
 
 
-def _still(pending: Sequence[str], status: Optional[str], timeout: Optional[float]) -> str:
+def _still(calls: Calls, pending: Sequence[str], status: Optional[str], timeout: Optional[float]) -> str:
+    if not pending:
+        return f"{calls.address} did not answer within {timeout or 0:g} s"
     more = f" and {len(pending) - 1} more" if len(pending) > 1 else ""
     return f"after {timeout or 0:g} s agent {pending[0]}{more} " + (
         f"had neither become {status} nor ended" if status else "had not ended")
@@ -161,6 +179,12 @@ def follow(calls: Calls, refs: Any, names: Sequence[str], since: Since, offsets:
            timeout: Optional[float]) -> Talk[None]:
     """See `AgentClient.follow`."""
     deadline = _deadline(calls, timeout)
+    return _bounded(calls, _follow(calls, refs, names, since, offsets, deadline), deadline,
+                    lambda: "it was not over within the time given")
+
+
+def _follow(calls: Calls, refs: Any, names: Sequence[str], since: Since, offsets: Mapping[Any, int],
+            deadline: float) -> Talk[None]:
     names, told = _named(names), _told(since, offsets)
     ids = list(dict.fromkeys((yield from calls.resolve_all(refs))))
     output = _Output()

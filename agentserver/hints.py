@@ -72,7 +72,7 @@ class Hints:
     def _listen(self) -> Talk[None]:
         try:
             metadata = (yield from self._calls.health(_LISTEN_SECS, patience=0.0)).metadata
-            reply = yield Listen(self._topics, str(metadata.get("pub_endpoint") or ""))
+            reply = yield Listen(self._topics, str(metadata.get("pub_endpoint") or ""), _LISTEN_SECS)
         except AgentServerError:
             self._cut(_BLIND_SECS)
             return

@@ -17,12 +17,12 @@ from .config import (
     Setting,
     at,
     check_backend_keys,
-    default_state_dir,
     did_you_mean,
     nearest,
     shown,
 )
 from .errors import ConfigError
+from .paths import default_state_dir, expanded
 
 #: variables with our prefix that are no settings: where clients look for a server, and whose process this is
 NOT_SETTINGS = frozenset(("AGENTSERVER_SERVER", "AGENTSERVER_SSH", "AGENTSERVER_SSH_COMMAND", "AGENTSERVER_AGENT_ID",
@@ -160,7 +160,7 @@ def _entry(line: str, place: str, sections: List[Section]) -> str:
 
 def _text(path: str) -> str:
     try:
-        with open(path, "rb") as file:
+        with open(expanded(path), "rb") as file:
             raw = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as e:
         reason = e.strerror if isinstance(e, OSError) else str(e)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import Any, Callable, Generator, Iterable, NamedTuple, Optional, Tuple, TypeVar, Union
 
+from .errors import LinkError, RequestTimeout
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,7 @@ class Listen(NamedTuple):
 
     topics: Tuple[str, ...]
     endpoint: str
+    timeout: float
 
 
 class Hear(NamedTuple):
@@ -71,6 +74,45 @@ def resume(talk: Talk[Any], answer: Any = None, error: Optional[BaseException] =
         return talk.send(answer) if error is None else talk.throw(error)
     except StopIteration as end:
         return Over(end.value)
+
+
+def until(talk: Talk[T], deadline: float, clock: Callable[[], float], late: Callable[[], str]) -> Talk[T]:
+    """Have a conversation that is over at a deadline, whatever it waits for then: each step gets what is left.
+
+    Where the server was not reached at last, that is the error; else a `RequestTimeout`, whose sentence `late` returns.
+    """
+    absent: Optional[LinkError] = None
+    try:
+        step = resume(talk)
+        while not isinstance(step, Over):
+            if isinstance(step, Item):
+                yield step
+                step = resume(talk)
+                continue
+            left = deadline - clock()
+            if left <= 0:
+                raise absent or RequestTimeout(late())
+            try:
+                answer = yield _clipped(step, left)
+            except Exception as e:
+                absent = e if isinstance(e, LinkError) else None
+                step = resume(talk, error=e)
+            else:
+                absent = None if isinstance(step, Ask) else absent
+                step = resume(talk, answer)
+        end: T = step.value
+        return end
+    finally:
+        talk.close()
+
+
+def _clipped(step: Step, secs: float) -> Step:
+    """Return a step that takes no longer than this."""
+    if isinstance(step, Ask):
+        return step._replace(timeout=min(step.timeout, secs), left=min(step.left, secs))
+    if isinstance(step, (Listen, Hear)):
+        return step._replace(timeout=min(step.timeout, secs))
+    return Pause(min(step.secs, secs)) if isinstance(step, Pause) else step
 
 
 def through(talk: Talk[T], change: Callable[[Any], Iterable[Any]]) -> Talk[T]:

@@ -99,7 +99,12 @@ class Person:
     @property
     def is_raw(self) -> bool:
         """Whether keys come as they are now."""
-        return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
+        return self.is_unseen and not termios.tcgetattr(self.slave)[3] & termios.ISIG
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether keys come at once and are not shown; those of signals may go on to send them."""
+        return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO)
 
     def assert_as_before(self) -> None:
         """The terminal is as it was: its modes, and what a program can switch on."""

@@ -254,7 +254,7 @@ def _by_a_kill(me: Person, ref: Agent) -> int:
 def _by_signal(number: signal.Signals) -> Callable[[Person, Agent], int]:
     def leave(me: Person, ref: Agent) -> int:
         me.signal(number)
-        return 128 + number
+        return 131 if number == signal.SIGQUIT else -number
     return leave
 
 
@@ -344,7 +344,7 @@ def test_begun_in_the_background_it_waits_to_be_continued(near: Place, tmp_path:
         me.type("kill %1\r")
         wait_until(lambda: me.look() is not None and not os.path.exists(f"/proc/{pid}"), what="it to end")
         me.type("jobs\r")
-        me.until("Exit 143")
+        me.until("Terminated")
         assert "mistake" not in me.said()
     else:
         me.type("fg\r")

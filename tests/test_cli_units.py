@@ -277,7 +277,7 @@ def test_a_full_disk_is_told(argv: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         result = run_cli(*argv, stdout=full)
     assert result.returncode == exits.FAILED
-    assert result.stderr == b"agentserver: error (internal): No space left on device\n"
+    assert result.stderr == b"agentserver: error (output): stdout cannot be written: No space left on device\n"
 
 
 def test_closed_standard_streams_do_no_harm() -> None:

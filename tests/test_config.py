@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from agentserver import sources, wire
-from agentserver.config import SETTINGS, ServerConfig, Setting, check_endpoint, default_state_dir, settings_table
+from agentserver.config import SETTINGS, ServerConfig, Setting, check_endpoint, settings_table
 from agentserver.core.backends import all_backends
 from agentserver.errors import ConfigError
+from agentserver.paths import default_state_dir
 from agentserver.sources import load
 
 ROOT = Path(__file__).resolve().parent.parent

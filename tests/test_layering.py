@@ -35,17 +35,19 @@ def documented_order() -> list[str]:
 
 #: the reading order: a file may use what stands above it (in its own layer; see ACROSS for the others)
 ORDER = documented_order()
-COMMON = ("errors", "wire", "messages", "results", "config", "sources")
+COMMON = ("errors", "wire", "messages", "results", "endpoint", "paths", "config", "sources")
 CLIENT = ("address", "talk", "calls", "hints", "follow", "lines", "client", "aclient")
 #: what a layer may use of the others, besides COMMON
 ACROSS = {
     "core": (),
-    "shell": ("core.link", "core.framelink", "core.framing", "core.alink", "core.serving", "core.lock", "core.channel"),
+    "shell": ("core.link", "core.framelink", "core.framing", "core.alink", "core.serving", "core.state_dir",
+              "core.lock", "core.channel"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.alink", "core.ssh", "core.lifecycle", "shell.link", "shell.alink"),
     # `serve` becomes a keeper, `stdio` a relay, and `doctor` looks at what one would need; all else goes through the
     # client
-    "cli": ("client", "core.serving", "core.relay", "core.lifecycle", "core.process", "core.pidfd", "core.inherited"),
+    "cli": ("client", "core.serving", "core.state_dir", "core.relay", "core.lifecycle", "core.process", "core.pidfd",
+            "core.inherited"),
 }
 #: special modules of Python, and the only files (or folders) that may import them
 HOMES = {

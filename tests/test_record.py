@@ -370,7 +370,7 @@ def test_ctrl_c_ends_it(state_dir: Path) -> None:
     with running(Cli(None, state_dir).start("replay", str(state_dir / "file"))) as process:
         assert line_of(process) == b"x\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=DEADLINE_SECS) == (b"", b"") and process.returncode == 130
+        assert process.communicate(timeout=DEADLINE_SECS) == (b"", b"") and process.returncode == -signal.SIGINT
 
 
 @pytest.fixture
@@ -394,9 +394,9 @@ def test_a_terminal_shows_the_same_and_is_given_back(cli: Cli, cast: str) -> Non
     with Person(cli.environ, "replay", cast, "--max-idle", "5000") as me:
         me.answering = True
         me.until("keys dab")
-        assert me.is_raw and me.vt.alternate and not me.vt.asked, "it was made harmless"
+        assert me.is_unseen and me.vt.alternate and not me.vt.asked, "it was made harmless"
         me.type("\x03")
-        assert me.end() == 130
+        assert me.end() == -signal.SIGINT
         me.assert_as_before()
         assert "^C" not in me.said() and "never" not in me.said()
 
@@ -414,7 +414,7 @@ def test_a_signal_ends_it_and_the_terminal_is_given_back(cli: Cli, cast: str, nu
     with Person(cli.environ, "replay", cast) as me:
         me.until("keys dab")
         me.signal(number)
-        assert me.end() == 128 + number
+        assert me.end() == -number
         me.assert_as_before()
 
 
@@ -428,7 +428,7 @@ def test_begun_in_the_background_it_waits_for_the_foreground(cli: Cli, state_dir
         pid = int(re.findall(r"job (\d+) begun", me.look())[0])
         wait_until(lambda: me.look() is not None and process_state(pid) == "T", what="it to be stopped")
         me.type("fg\r")
-        me.until(lambda text: "shown" in text and me.is_raw)
+        me.until(lambda text: "shown" in text and me.is_unseen)
         me.type("\x03")
         wait_until(lambda: me.look() is not None and not process_state(pid), what="it to end")
         me.type("exit\r")

@@ -5,8 +5,8 @@ Owns:    `main`, which parses, calls the one file that knows the command, and tu
 Runs in: the process of a person or script; `serve` becomes the keeper.
 Unaware: of what a command does.
 
-In reading order: exits (codes and error lines) · options (the parser) · show (text for people) ·
-out (bytes and JSON for stdout) · connect (the client, whose agents) · then one file per group:
+In reading order: streams (descriptors 0 to 2) · exits (codes and error lines) · options (the parser) · show (text for
+people) · out (bytes and JSON for stdout) · connect (the client, whose agents, until when) · then one file per group:
 serve, stdio, spawn (spawn), run with its stdin, attach with session, screen, redraw, escapes, typist,
 terminal and detach, agents (ps, info, why), watch (ps --watch), reasons (the sentences of why), logs with
 pieces and tail, record and replay with recording, send, control, wait, server (health, stats, events,
@@ -16,9 +16,9 @@ it needs when it is called, because a command line is judged by how soon it answ
 from __future__ import annotations
 
 import sys
-from typing import Optional, Sequence
+from typing import Optional, Sequence, Tuple
 
-from . import exits
+from . import exits, streams
 
 #: the module in this package that has the function of each command
 HOMES = {
@@ -31,19 +31,33 @@ HOMES = {
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run one command and return its exit code; never raise, never show a traceback."""
+    """Run one command and return its exit code; never raise, never show a traceback.
+
+    Without `argv` this is the whole process: a command that a signal has ended lets that signal end it, as programs do
+    that do not catch it. A shell that runs us in a loop ends the loop then, which it would not for exit code 130.
+    """
+    code, number = _outcome(list(sys.argv[1:] if argv is None else argv))
+    if argv is None:
+        exits.leave(number)
+    return code
+
+
+def _outcome(argv: list[str]) -> Tuple[int, int]:
+    """Return the exit code of a command, and the signal that has ended it, if one has."""
     try:
-        _prepare_streams()
-        code = _command(list(sys.argv[1:] if argv is None else argv))
-        _flush()
-        return code
+        streams.prepare()
+        code = _command(argv)
+        streams.flush()
+        return code, 0
     except BrokenPipeError:
-        exits.forget_stdout()
-        return exits.PIPE
+        streams.forget(1)
+        return exits.PIPE, 0
     except KeyboardInterrupt:
-        return exits.INTERRUPTED
+        return exits.INTERRUPTED, exits.SIGINT
+    except exits.Signalled as e:
+        return 128 + e.number, e.number
     except Exception as e:
-        return exits.explain(e)
+        return exits.explain(e), 0
 
 
 def _command(argv: list[str]) -> int:
@@ -55,27 +69,9 @@ def _command(argv: list[str]) -> int:
     except SystemExit:  # argparse has shown what --help and --version ask for
         return exits.OK
     home = import_module("." + HOMES[given.subcommand], __package__)
-    return int(home.COMMANDS[given.subcommand](given))
-
-
-def _prepare_streams() -> None:
-    """Fill descriptors 0 to 2 if the caller closed them, and let any text be printed.
-
-    Else a socket of ours would become descriptor 1, and an agent's output would be written into it.
-    """
-    import os
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor, which is this one
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:
-            reconfigure(errors="backslashreplace")
-
-
-def _flush() -> None:
-    """Write what is buffered now, where a closed pipe or a full disk can still be told."""
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    command = home.COMMANDS[given.subcommand]
+    if given.timeout is None:
+        return int(command(given))
+    from . import connect
+    with connect.bounded(given):
+        return int(command(given))

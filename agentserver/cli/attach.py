@@ -104,7 +104,9 @@ def _tell(left: Left, given: Namespace, info: AgentInfo) -> int:
     if left.error is not None:
         raise left.error
     exits.note(f"detached from {connect.label(info)}; to attach again: {again}")
-    return 128 + left.signal if left.signal else OK
+    if left.signal:
+        raise exits.Signalled(left.signal)
+    return OK
 
 
 COMMANDS: dict[str, Callable[[Namespace], int]] = {"attach": attach}

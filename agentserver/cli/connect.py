@@ -21,18 +21,28 @@ if TYPE_CHECKING:
 
 ANSWER_SECS = 30.0
 PAGE = 500
+LOOK_SECS = 1.0
+GRACE_SECS = 1.0
+#: commands that wait for something else than a server
+_NO_OTHER_END = ("replay", "send", "events", "ps")
 
 
 def connect(given: Namespace, answer_secs: float | None = None) -> AgentClient:
     """Return a client for the server that was named; `answer_secs` overrides how long one answer may take."""
     from ..client import AgentClient
     limit = ANSWER_SECS if given.timeout is None else max(given.timeout, 0.001)
-    return AgentClient(given.server, timeout=answer_secs or limit)
+    return AgentClient(given.server, timeout=answer_secs or limit, deadline=deadline(given))
 
 
 def patient(given: Namespace) -> AgentClient:
-    """Return a client for a command that waits or follows: --timeout bounds the whole, not one answer."""
+    """Return a client for a command that waits or follows, and gives one answer no longer for a longer --timeout."""
     return connect(given, ANSWER_SECS)
+
+
+def again(client: AgentClient, given: Namespace, **how: float) -> AgentClient:
+    """Return another client to the same server, for another thread or with another patience."""
+    from ..client import AgentClient
+    return AgentClient(client.address, deadline=deadline(given), **{"timeout": ANSWER_SECS, **how})
 
 
 def is_local(client: AgentClient) -> bool:
@@ -41,8 +51,14 @@ def is_local(client: AgentClient) -> bool:
 
 
 def deadline(given: Namespace) -> float | None:
-    """Return the monotonic time at which --timeout is over."""
-    return None if given.timeout is None else time.monotonic() + float(given.timeout)
+    """Return the monotonic time at which --timeout is over: one for all that a command does. However short it is, there
+    is the time to look once."""
+    return None if given.timeout is None else float(given.begun + max(given.timeout, LOOK_SECS))
+
+
+def left(given: Namespace) -> float | None:
+    """Return how many seconds of --timeout are left, a little at least; `None` without one."""
+    return None if given.timeout is None else max(given.begun + given.timeout - time.monotonic(), 0.001)
 
 
 class _Over(BaseException):
@@ -51,19 +67,29 @@ class _Over(BaseException):
 
 @contextmanager
 def bounded(given: Namespace) -> Iterator[None]:
-    """End what has no end of its own when --timeout is over, wherever it waits; in the main thread only."""
-    if given.timeout is None:
+    """End a command when --timeout is over, wherever it waits: for a server, a person, a pipe that nobody reads.
+
+    What waits for a server only ends by itself, with a better sentence; this is a little later then. An attachment has
+    a clock of its own, because it has a terminal to give back. In the main thread only.
+    """
+    if given.subcommand == "attach" or getattr(given, "terminal", False):
         yield
         return
     import signal
 
+    fired = []
+
     def over(*_: Any) -> None:
+        fired.append(True)
         raise _Over
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(given.timeout, 0.001))
+    grace = 0.0 if given.subcommand in _NO_OTHER_END else GRACE_SECS
+    signal.setitimer(signal.ITIMER_REAL, max(given.timeout, 0.001) + grace)
     try:
         yield
-    except _Over:
+    except BaseException:  # what it interrupted may have made another error of it, as an import does
+        if not fired:
+            raise
         raise RequestTimeout(f"`agentserver {given.subcommand}` was given {given.timeout:g} s; "
                              "they are over") from None
     finally:

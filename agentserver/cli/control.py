@@ -6,6 +6,7 @@ Unaware: of what a command does to an agent.
 """
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable
 
@@ -66,7 +67,7 @@ def _nobody(given: Namespace) -> int:
 
 def _payload(given: Namespace) -> dict[str, Any]:
     if given.subcommand == "signal":
-        return {"signal": int(given.signal) if given.signal.isdigit() else given.signal}
+        return {"signal": int(given.signal) if re.fullmatch("[0-9]{1,8}", given.signal) else given.signal}
     payload: dict[str, Any] = {}
     if getattr(given, "grace_secs", None) is not None:
         payload["grace_secs"] = given.grace_secs
@@ -99,7 +100,7 @@ def _wait_first(client: AgentClient, given: Namespace, refs: list[str]) -> list[
             continue
     if known:
         with connect.progress(f"waiting for {show.plural(len(known), 'agent')} to end"):
-            client.wait(known, timeout=given.timeout)
+            client.wait(known, timeout=connect.left(given))
     return refs
 
 
@@ -109,7 +110,7 @@ def _wait_after(client: AgentClient, given: Namespace, results: list[Json]) -> N
     if not begun:
         return
     with connect.progress(f"waiting for {show.plural(len(begun), 'agent')} to end"):
-        ended = client.wait([result["agent_id"] for result in begun], timeout=given.timeout)
+        ended = client.wait([result["agent_id"] for result in begun], timeout=connect.left(given))
     for result, info in zip(begun, ended):
         result.update(status=info.status, exit=info.exit.raw if info.exit else None, agent_info=info.raw)
 

@@ -48,7 +48,7 @@ def _all(given: Namespace) -> list[Finding]:
     findings = [python_version(), pyzmq()]
     try:
         flags = {"state_dir": given.state_dir} if given.state_dir else {}
-        settings = sources.load(flags, os.environ, given.config).resolved(os.getcwd())
+        settings = sources.load(flags, os.environ, given.config).resolved()
     except (ConfigError, OSError) as e:
         return [*findings, Finding("settings", BROKEN, str(e), "no server starts with them", "correct what is named")]
     from . import supervised
@@ -93,7 +93,8 @@ def pyzmq() -> Finding:
 
 
 def state_dir(path: str) -> Finding:
-    """Check that the state directory, or the place where it would be made, can be written and is private."""
+    """Check that the state directory, or the place where it would be made, can be used and is private."""
+    from ..core.state_dir import unfit
     there = path
     while not os.path.exists(there) and os.path.dirname(there) != there:
         there = os.path.dirname(there)
@@ -102,12 +103,13 @@ def state_dir(path: str) -> Finding:
                        "choose another with --state-dir or AGENTSERVER_STATE_DIR, or mend its permissions")
     if there != path:
         return Finding("state directory", GOOD, f"{path} will be made when a server starts")
-    about = os.stat(path)
-    if about.st_uid != os.geteuid():
-        return Finding("state directory", BROKEN, f"{path} belongs to user {about.st_uid}",
-                       "whoever owns it could replace what is in it", "choose a directory of your own")
-    return _judge("state directory", about.st_mode & 0o077 == 0, path, f"{path} has mode {about.st_mode & 0o777:04o}",
-                  "other users may look into it", f"chmod 700 {path} (the next serve does it)")
+    reason = unfit(path)
+    if reason:
+        return Finding("state directory", BROKEN, f"{path} {reason}", "no server starts in it",
+                       "name another with --state-dir or AGENTSERVER_STATE_DIR")
+    mode = os.stat(path).st_mode
+    return _judge("state directory", mode & 0o077 == 0, path, f"{path} has mode {mode & 0o777:04o}",
+                  "other users may see which agents there are, not what they write", f"chmod 700 {path}")
 
 
 def file_system(path: str) -> Finding:

@@ -10,6 +10,7 @@ import os
 import sys
 
 from ..errors import AgentServerError, LinkError, RequestError, RequestTimeout
+from . import streams
 
 OK = 0
 FAILED = 1
@@ -17,7 +18,8 @@ USAGE = 2
 UNREACHABLE = 3
 NOT_FOUND = 4
 TIMEOUT = 124
-INTERRUPTED = 130  # 128 + SIGINT
+SIGINT = 2
+INTERRUPTED = 128 + SIGINT
 PIPE = 141         # 128 + SIGPIPE: whoever read our output has gone
 
 _BY_CODE = {"agent_not_found": NOT_FOUND, "timeout": TIMEOUT,
@@ -26,6 +28,29 @@ _BY_CODE = {"agent_not_found": NOT_FOUND, "timeout": TIMEOUT,
 
 class UsageError(Exception):
     """The command line itself is wrong; nothing was asked of a server."""
+
+
+class Signalled(Exception):
+    """A signal that was caught has ended the command; everything is as it was before."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def leave(number: int) -> None:
+    """End by a signal, if one has ended the command; else see that none that comes now shows a traceback."""
+    import signal
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # not SIGQUIT: that would leave a core dump
+        try:
+            streams.flush()
+        except OSError:
+            pass
+        signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
+        os.kill(os.getpid(), number)
 
 
 def of_code(error_code: str) -> int:
@@ -50,8 +75,11 @@ def explain(error: BaseException) -> int:
         complain("usage", str(error))
     elif isinstance(error, AgentServerError):
         complain(error.code, str(error))
+    elif isinstance(error, streams.StreamError):
+        if error.fd:
+            streams.forget(error.fd)
+        complain(error.code, str(error))
     elif isinstance(error, OSError):
-        forget_stdout()
         what = error.strerror or str(error)
         complain("internal", f"{error.filename}: {what}" if error.filename else what)
     else:
@@ -72,14 +100,4 @@ def note(sentence: str) -> None:
             sys.stderr.write(f"agentserver: {clean(sentence)}\n")
             sys.stderr.flush()
     except (OSError, ValueError):
-        pass
-
-
-def forget_stdout() -> None:
-    """Keep the interpreter from writing to a stdout that is gone, and complaining about it, when it ends."""
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.close(null)
-    except OSError:
-        pass
+        streams.forget(2)

@@ -30,13 +30,12 @@ def logs(given: Namespace) -> int:
         grep.check(given)
     streams = ("stdout", "stderr") if given.stream == "both" else (given.stream,)
     with connect.patient(given) as client:
-        limit = connect.deadline(given)
         agents = list({agent.id: agent for agent in map(client.agent, given.agents)}.values())
         infos = [agent.info() for agent in agents]
         if given.grep is not None:
             return grep.grep(given, list(zip(agents, infos)))
         write = _writer(given, infos)
-        write(_all(client, given, list(zip(agents, infos)), streams, limit))
+        write(_all(client, given, list(zip(agents, infos)), streams))
     return 0
 
 
@@ -49,12 +48,12 @@ def _writer(given: Namespace, infos: list[AgentInfo]) -> Callable[[Iterator[Piec
     return pieces.line_writer(pieces.prefixes(names) if len(infos) > 1 else {}, given.timestamps)
 
 
-def _all(client: AgentClient, given: Namespace, agents: list[tuple[Agent, AgentInfo]], streams: tuple[str, ...],
-         limit: float | None) -> Iterator[Piece]:
+def _all(client: AgentClient, given: Namespace, agents: list[tuple[Agent, AgentInfo]],
+         streams: tuple[str, ...]) -> Iterator[Piece]:
     reached: Offsets = {}
     yield from pieces.in_order([_kept(agent, info, given, streams, reached) for agent, info in agents])
     if given.follow:
-        yield from _coming(client, [agent.id for agent, _ in agents], streams, reached, limit)
+        yield from _coming(client, [agent.id for agent, _ in agents], streams, reached, connect.left(given))
 
 
 # ---------------------------------------------------------------- what is kept
@@ -117,9 +116,7 @@ def _stream(agent: Agent, stream: str, begin: int, end: int) -> Iterator[Piece]:
 # ---------------------------------------------------------------- what is coming
 
 def _coming(client: AgentClient, ids: list[str], streams: tuple[str, ...], reached: Offsets,
-            limit: float | None) -> Iterator[Piece]:
-    import time
-    left = None if limit is None else max(limit - time.monotonic(), 0.001)
+            left: float | None) -> Iterator[Piece]:
     for agent_id, stream, what in client.follow(ids, streams=streams, since=reached, timeout=left):
         yield from pieces.followed(agent_id, stream, what)
 

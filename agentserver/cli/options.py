@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from typing import Any, NoReturn, Sequence
 
 from . import values
@@ -34,7 +35,7 @@ SIGNALLED = "SIG (AGENT … | --label K=V | --all)"
 SENT = "AGENT [TEXT … | -]"
 FILE = "(FILE | -)"
 
-_LIKE_A_FLAG = re.compile(r"-(?!\d+$|\d*\.\d+$)[^ ]+$")
+_LIKE_A_FLAG = re.compile(r"-(?![0-9]+$|[0-9]*\.[0-9]+$)[^ ]+$")
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +52,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options, `subcommand` and the words by the command's shape; raise `UsageError` with a sentence."""
+    """Return the options, `subcommand`, the words by the command's shape, and when it `begun`; raise `UsageError` with
+    a sentence."""
     at = argv.index("--") if "--" in argv else len(argv)
     parser = build()
     given, left = parser.parse_known_args(list(argv[:at]))
@@ -62,6 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if given.subcommand is None:
         parser.error("a command is missing")
     _settle(given, left, list(argv[at + 1:]))
+    given.begun = time.monotonic()
     return given
 
 

@@ -10,12 +10,13 @@ import os
 from typing import Any
 
 from ..wire import encode_text, wire_text
+from .streams import StreamError
 
 #: which descriptor shows which stream of an agent
 DESCRIPTORS = {"stdout": 1, "stderr": 2}
 
 
-def write(fd: int, data: bytes) -> None:
+def put(fd: int, data: bytes) -> None:
     """Write all of the bytes at once, also to a descriptor that somebody has made non-blocking."""
     left = memoryview(data)
     while left:
@@ -24,6 +25,16 @@ def write(fd: int, data: bytes) -> None:
         except BlockingIOError:
             from select import select
             select([], [fd], [])
+
+
+def write(fd: int, data: bytes) -> None:
+    """Write all of the bytes to descriptor 1 or 2; raise `BrokenPipeError`, or `StreamError` with a sentence."""
+    try:
+        put(fd, data)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise StreamError(fd, e) from None
 
 
 def document(value: Any) -> None:

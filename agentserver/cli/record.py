@@ -10,16 +10,17 @@ tells when there is more; what is written then is what is stored, with its true 
 from __future__ import annotations
 
 import heapq
+import os
 import shlex
-import sys
-import time
 from argparse import Namespace
-from typing import IO, TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Tuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from ..errors import RequestError
+from ..paths import expanded
 from ..results import AgentInfo
 from ..wire import Json, from_rfc3339
-from . import connect, exits, pieces
+from . import connect, exits, out, pieces
 from .recording import ASCIICAST, OURS, Cast, Lines, Recording
 
 if TYPE_CHECKING:
@@ -42,11 +43,7 @@ def record(given: Namespace) -> int:
         started = _started(info, inspected.get("attempts") or [])
         terminal = info.stdin == "pty"
         recording: Recording = Cast(started) if terminal else Lines(started)
-        with _target(given.output) as target:
-            def write(lines: List[str]) -> None:
-                target.write("".join(line + "\n" for line in lines).encode("ascii"))
-                if given.follow:
-                    target.flush()
+        with _target(given.output, 0 if given.follow else CHUNK) as write:
             write(recording.header(_cast_facts(info, spec, started) if terminal else _line_facts(info, started)))
             for at, tell in _all(agent, terminal, given):
                 write(tell(recording, at))
@@ -54,11 +51,39 @@ def record(given: Namespace) -> int:
     return exits.OK
 
 
-def _target(path: str | None) -> IO[bytes]:
-    if path is None or path == "-":
-        return open(sys.stdout.fileno(), "wb", closefd=False)
+@contextmanager
+def _target(path: str | None, held: int) -> Iterator[Callable[[List[str]], None]]:
+    """Yield what writes lines to a file or to stdout, of which it holds back no more than `held` bytes."""
+    fd = 1 if path in (None, "-") else _open(str(path))
+    waiting = bytearray()
+
+    def flush() -> None:
+        data = bytes(waiting)
+        waiting.clear()
+        if fd == 1:
+            return out.write(1, data)
+        try:
+            out.put(fd, data)
+        except OSError as e:
+            raise RequestError(f"{path} cannot be written: {e.strerror}", "internal") from None
+
+    def write(lines: List[str]) -> None:
+        waiting.extend("".join(line + "\n" for line in lines).encode("ascii"))
+        if len(waiting) > held:
+            flush()
     try:
-        return open(path, "wb")
+        yield write
+    finally:
+        try:
+            flush()
+        finally:
+            if fd != 1:
+                os.close(fd)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(expanded(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     except OSError as e:
         raise RequestError(f"{path} cannot be written: {e.strerror}") from None
 
@@ -96,16 +121,11 @@ def _all(agent: Agent, terminal: bool, given: Namespace) -> Iterator[_News]:
     stored = _Stored(agent, terminal)
     yield from stored.more()
     if given.follow:
-        limit = connect.deadline(given)
-        for _id, stream, what in agent.client.follow(agent.id, since=stored.reached, timeout=_left(limit)):
+        for _id, stream, what in agent.client.follow(agent.id, since=stored.reached, timeout=connect.left(given)):
             if what.next_offset > stored.reached[stream]:
                 yield from stored.more()
-        agent.client.wait(agent.id, timeout=_left(limit))
+        agent.client.wait(agent.id, timeout=connect.left(given))
         yield from stored.more()
-
-
-def _left(limit: float | None) -> float | None:
-    return None if limit is None else max(limit - time.monotonic(), 0.001)
 
 
 class _Stored:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from argparse import Namespace
 from contextlib import contextmanager, nullcontext
 from typing import IO, Callable, Iterator, Optional, Protocol
 
 from ..errors import RequestError
-from . import connect, exits, out, show
+from . import exits, out, show, streams
 from .escapes import CANCEL, Modes, Quiet
 from .recording import LONGEST_LINE, Event, Player, events
 from .terminal import ENDING, Terminal
@@ -37,33 +36,24 @@ class Screen(Protocol):
 
 
 def replay(given: Namespace) -> int:
-    """Show a recording; the exit code is 130 where Ctrl-C ended it."""
-    with connect.bounded(given), _source(given.file) as source:
+    """Show a recording; Ctrl-C ends it as it ends any program."""
+    with _source(given.file) as source:
         player = Player(given.file, source.readline(LONGEST_LINE))
         idle = given.max_idle if given.max_idle is not None else player.max_idle
         on_terminal = player.cast and show.is_terminal(1)
         if on_terminal:
             _compare(player)
-        try:
-            with _on_terminal() if on_terminal else nullcontext(_Plain()) as screen:
-                _play(events(player, _lines(source, given.file)), screen, given.speed, idle)
-        except _Ended as e:
-            return 128 + e.number
+        with _on_terminal() if on_terminal else nullcontext(_Plain()) as screen:
+            _play(events(player, _lines(source, given.file)), screen, given.speed, idle)
     return exits.OK
-
-
-class _Ended(Exception):
-    """A person or a signal has ended it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 @contextmanager
 def _source(path: str) -> Iterator[IO[bytes]]:
+    if path == "-":
+        streams.need(0)
     try:
-        source = open(sys.stdin.fileno(), "rb", closefd=False) if path == "-" else open(path, "rb")
+        source = open(0, "rb", closefd=False) if path == "-" else open(path, "rb")
     except OSError as e:
         raise RequestError(f"{path} cannot be read: {e.strerror}") from None
     with source:
@@ -127,6 +117,7 @@ class _Shown:
         self._terminal = terminal
         self._quiet = Quiet()
         self.modes = Modes()
+        self._drawn = True   # what was shown is there, unless the terminal was another's meanwhile
 
     def wait(self, until: float) -> float:
         """Wait, unless the space bar holds it until it is pressed again."""
@@ -144,12 +135,19 @@ class _Shown:
         typed, signals = self._terminal.wait(self._terminal.raw, timeout)
         keys = self._terminal.keys(1024) if typed else b""
         if keys is None or CTRL_C in keys:
-            raise _Ended(signal.SIGINT)
+            raise exits.Signalled(signal.SIGINT)
         for number in signals:
             if number in ENDING:
-                raise _Ended(number)
+                raise exits.Signalled(number)
+        if signal.SIGTSTP in signals:
+            out.write(1, CANCEL + self.modes.undo())
+            self._terminal.suspend()
+            self._drawn = False
         if signal.SIGCONT in signals:
             self._terminal.take()
+            if not self._drawn:
+                out.write(1, b"\x1b[2J" + self.modes.redo())
+            self._drawn = True
         return SPACE in keys
 
     def show(self, event: Event) -> None:
@@ -160,7 +158,7 @@ class _Shown:
 
 @contextmanager
 def _on_terminal() -> Iterator[Screen]:
-    with Terminal(raw=show.is_terminal(0)) as terminal:
+    with Terminal(raw=show.is_terminal(0), signals=True) as terminal:
         screen = _Shown(terminal)
         try:
             yield screen

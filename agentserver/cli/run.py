@@ -41,7 +41,7 @@ def run(given: Namespace) -> int:
         info = agent.info()
         if given.json:
             out.document({"type": "spawned", "agent_info": info.raw})
-        interrupts.aim(lambda: _again(client, given), agent.id)
+        interrupts.aim(lambda: connect.again(client, given), agent.id)
         try:
             ended = _accompany(client, given, info, limit)
         except RequestTimeout as e:
@@ -57,13 +57,9 @@ def run(given: Namespace) -> int:
     if given.json:
         out.document({"type": "ended", "agent_info": ended.raw})
     tell_end(ended)
+    if interrupts.count and ended.exit and ended.exit.signal:
+        raise exits.Signalled(signal.SIGINT)  # as if it had been this program that Ctrl-C has ended
     return ended.exit.returncode if ended.exit else exits.FAILED
-
-
-def _again(client: AgentClient, given: Namespace) -> AgentClient:
-    """Return another client to the same server, for another thread."""
-    from ..client import AgentClient
-    return AgentClient(client.address, timeout=connect.ANSWER_SECS)
 
 
 def _accompany(client: AgentClient, given: Namespace, info: AgentInfo, limit: float | None) -> AgentInfo:
@@ -72,7 +68,7 @@ def _accompany(client: AgentClient, given: Namespace, info: AgentInfo, limit: fl
     if info.stdin != "null":
         from .stdin import Pump, ignore_background_reads
         ignore_background_reads()
-        pump = Pump(lambda: _again(client, given), info.id)
+        pump = Pump(lambda: connect.again(client, given), info.id)
         pump.start()
     try:
         write = pieces.write_json if given.json else pieces.write_raw
@@ -118,12 +114,16 @@ class _Interrupts:
         self._asked: SimpleQueue[bool] = SimpleQueue()  # put() may be called from a signal handler
         self._before: Any = None
         self._thread: threading.Thread | None = None
+        #: how often it was pressed
+        self.count = 0
 
     def __enter__(self) -> _Interrupts:
         return self
 
     def aim(self, connect_again: Callable[[], AgentClient], agent_id: str) -> None:
         """From now on Ctrl-C is for this agent."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            return  # whoever started us in the background wants it to have no effect
         self._thread = threading.Thread(target=self._serve, args=(connect_again, agent_id), name="ctrl-c", daemon=True)
         self._thread.start()
         self._before = signal.signal(signal.SIGINT, self._on_signal)
@@ -135,6 +135,7 @@ class _Interrupts:
             self._thread.join(2.0)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
         self._asked.put(True)
 
     def _serve(self, connect_again: Callable[[], AgentClient], agent_id: str) -> None:

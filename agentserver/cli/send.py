@@ -11,7 +11,7 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING, Callable
 
-from . import connect, out
+from . import connect, out, streams
 from .exits import UsageError
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def _all_of_stdin(agent: Agent, given: Namespace) -> int:
         time.sleep(secs)
         return False
 
-    with connect.bounded(given), connect.progress(f"sending to agent {agent.id[:8]}"):
-        while data := os.read(0, PIECE):
+    with connect.progress(f"sending to agent {agent.id[:8]}"):
+        while data := streams.read(PIECE):
             count += pour(agent, data, wait)
     return count
 

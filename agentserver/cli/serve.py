@@ -10,6 +10,7 @@ import os
 from argparse import Namespace
 from typing import Callable
 
+from . import streams
 from .exits import UsageError
 
 
@@ -18,6 +19,8 @@ def serve(given: Namespace) -> int:
     if given.server is not None or given.timeout is not None or given.json:
         raise UsageError("`agentserver serve` is the server itself: it has no --server, --timeout or --json; "
                          "where it listens is set with --endpoint")
+    for fd in streams.closed:
+        streams.forget(fd)  # who closes them wants to hear nothing, and a server goes on without
     from .. import sources
     prefix = "setting_"
     flags = {name[len(prefix):]: text for name, text in vars(given).items()

@@ -77,7 +77,7 @@ def _counted(name: str, value: Any) -> str:
 
 def events(given: Namespace) -> int:
     """Print what happened; with --follow what happens."""
-    with connect.bounded(given), connect.patient(given) as client:
+    with connect.patient(given) as client:
         shown = _Shown(given)
         if not given.follow:
             for event in _kept(client, given.since or 0):
@@ -135,7 +135,7 @@ def event_line(event: Json) -> str:
 
 def reload(given: Namespace) -> int:
     """Renew the server's processes, and wait until the new ones serve."""
-    limit = time.monotonic() + (connect.ANSWER_SECS if given.timeout is None else given.timeout)
+    limit = given.begun + (connect.ANSWER_SECS if given.timeout is None else given.timeout)
     with connect.connect(given) as client, connect.progress("reloading"):
         before = client.health().metadata
         generation = int(client.reload()["generation"])
@@ -173,7 +173,7 @@ def shutdown(given: Namespace) -> int:
     with connect.patient(given) as client:
         pid = str(client.health().metadata.get("pid", ""))
         reply = client.shutdown(drain=given.drain)
-        _wait_gone(client, pid, given.drain, connect.deadline(given))
+        _wait_gone(client, pid, given)
         if connect.is_local(client):
             _wait_ended(pid)
         if given.json:
@@ -183,22 +183,22 @@ def shutdown(given: Namespace) -> int:
     return exits.OK
 
 
-def _wait_gone(client: AgentClient, pid: str, drain: bool, limit: float | None) -> None:
+def _wait_gone(client: AgentClient, pid: str, given: Namespace) -> None:
     """Wait until nobody answers any more, or another server does."""
-    doing = "draining" if drain else "ending"
-    with connect.progress(doing) as shown, _looking(client) as looker:
-        while (left := _active(looker, pid)) is not None:
-            shown["what"] = f"{doing}: {show.plural(left, 'agent')} left"
+    doing, seen = "draining" if given.drain else "ending", ""
+    limit = connect.deadline(given)
+    # one that does not wait long, for all looks: over ssh a connection is dear
+    with connect.progress(doing) as shown, \
+            connect.again(client, given, timeout=LOOK_ANSWER_SECS, retry_secs=0) as looker:
+        while True:
+            left = _active(looker, pid)
             if limit is not None and time.monotonic() >= limit:
-                raise RequestTimeout(f"the server is still {doing}, with {show.plural(left, 'agent')} left; "
-                                     "it goes on with that")
+                raise RequestTimeout(f"the server is still {doing}{seen}; it goes on with that")
+            if left is None:
+                return
+            seen = f", with {show.plural(left, 'agent')} left"
+            shown["what"] = f"{doing}{seen}"
             time.sleep(LOOK_SECS)
-
-
-def _looking(client: AgentClient) -> AgentClient:
-    """Return a client that does not wait long: one for all looks, because over ssh a connection is dear."""
-    from ..client import AgentClient
-    return AgentClient(client.address, timeout=LOOK_ANSWER_SECS, retry_secs=0)
 
 
 def _active(looker: AgentClient, pid: str) -> int | None:

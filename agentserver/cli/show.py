@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Iterable, Sequence
 
+from .streams import StreamError
+
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "magenta": "35", "cyan": "36"}
 _OF_STATUS = {"idle": "dim", "initializing": "cyan", "running": "green", "thinking": "cyan", "paused": "yellow",
               "completed": "dim", "failed": "red", "terminated": "magenta"}
@@ -157,4 +159,9 @@ def plural(count: int, noun: str) -> str:
 def say(*lines: str) -> None:
     """Print lines on stdout."""
     if lines and sys.stdout is not None:
-        sys.stdout.write("\n".join(lines) + "\n")
+        try:
+            sys.stdout.write("\n".join(lines) + "\n")
+        except BrokenPipeError:
+            raise
+        except OSError as e:
+            raise StreamError(1, e) from None

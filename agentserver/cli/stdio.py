@@ -10,7 +10,7 @@ import os
 from argparse import Namespace
 from typing import Callable
 
-from . import exits
+from . import exits, streams
 from .exits import UsageError
 
 
@@ -19,10 +19,11 @@ def stdio(given: Namespace) -> int:
     if given.server is not None or given.timeout is not None:
         raise UsageError("`agentserver stdio` is a way to the server of this machine: it has no --server or --timeout; "
                          "which server is chosen with --state-dir")
-    from ..config import default_state_dir
+    for fd in (0, 1):
+        streams.need(fd)
     from ..core.relay import Relay
-    state_dir = given.state_dir or os.environ.get("AGENTSERVER_STATE_DIR") or default_state_dir(os.environ)
-    Relay(os.path.expanduser(state_dir), 0, 1).run()
+    from ..paths import state_dir
+    Relay(state_dir(os.environ, given.state_dir or ""), 0, 1).run()
     return exits.OK
 
 

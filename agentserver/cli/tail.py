@@ -62,4 +62,5 @@ def last_lines(agent: Agent, stream: str, span: StreamRange, lines: int) -> list
     start = start_of_last(agent, stream, span, lines)
     # of lines without end only the last part: this is for people
     data, _ = read_between(agent, stream, max(start, span.end_offset - STEP), span.end_offset)
-    return data.decode("utf-8", "replace").splitlines()[-lines:]
+    text = data.decode("utf-8", "replace")
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")[-lines:]] if text else []

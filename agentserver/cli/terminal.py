@@ -26,10 +26,13 @@ _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6
 class Terminal:
     """Descriptor 0, if it is a terminal and is wanted, in raw mode; and the size of the one on descriptor 1.
 
+    With `signals`, the keys that send signals, such as Ctrl-C and Ctrl-Z, go on to do that.
+
     A context manager: inside of it signals only wake `wait`, and at the end everything is as it was.
     """
 
-    def __init__(self, raw: bool) -> None:
+    def __init__(self, raw: bool, signals: bool = False) -> None:
+        self._keep = termios.ISIG if signals else 0
         #: whether there are keys: descriptor 0 is a terminal
         self.raw = raw
         self._before: Optional[List[Any]] = None
@@ -70,7 +73,7 @@ class Terminal:
         while self.raw:
             now = termios.tcgetattr(0)
             try:
-                termios.tcsetattr(0, termios.TCSANOW, _raw(now))
+                termios.tcsetattr(0, termios.TCSANOW, _raw(now, self._keep))
             except termios.error as e:
                 if e.args[0] != errno.EINTR:
                     raise
@@ -149,12 +152,12 @@ def _in_background() -> bool:
         return False
 
 
-def _raw(mode: List[Any]) -> List[Any]:
+def _raw(mode: List[Any], keep: int) -> List[Any]:
     raw = [*mode[:_CC], list(mode[_CC])]
     raw[_IFLAG] &= ~(termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR
                      | termios.IGNCR | termios.ICRNL | termios.IXON)
     raw[_OFLAG] &= ~termios.OPOST
-    raw[_LFLAG] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+    raw[_LFLAG] &= keep | ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
     raw[_CFLAG] = raw[_CFLAG] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
     raw[_CC][termios.VMIN], raw[_CC][termios.VTIME] = 1, 0
     return raw

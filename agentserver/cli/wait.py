@@ -6,7 +6,6 @@ Unaware: of how an end is heard of (follow.py).
 """
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from typing import TYPE_CHECKING, Callable
 
@@ -37,10 +36,8 @@ def wait(given: Namespace) -> int:
 
 def ended(client: AgentClient, refs: list[str], given: Namespace) -> list[AgentInfo]:
     """Wait; again for an agent that was restarted before it could be looked at."""
-    limit = connect.deadline(given)
     while True:
-        left = None if limit is None else max(round(limit - time.monotonic(), 2), 0.01)
-        infos = client.wait(refs, any=given.any, status=given.status, timeout=left)
+        infos = client.wait(refs, any=given.any, status=given.status, timeout=connect.left(given))
         if given.status or (any if given.any else all)(info.finished for info in infos):
             return infos
 

@@ -26,7 +26,7 @@ def watch(given: Namespace) -> int:
     if not (given.json or show.is_terminal(1)):
         raise UsageError("`agentserver ps --watch` redraws a terminal, and stdout is none; use --json for a list per "
                          "line, or `agentserver events -f`")
-    with connect.bounded(given), connect.patient(given) as client, connect.patient(given) as listener:
+    with connect.patient(given) as client, connect.patient(given) as listener:
         seen = _draw(client, given)
         for event in listener.follow_events(since=seen):
             if int(event.get("sequence") or 0) <= seen:

@@ -25,6 +25,7 @@ Frame = Tuple[int, bytes, bytes]
 
 _PIECE = 128 * 1024        # bytes per recv
 _QUICK_MS = 50             # nearly every reply is there by then; a wake-up may be noticed this much later
+_AT_ONCE_SECS = 0.01       # a request that left so soon has taken nothing of the time for its reply
 _AGAIN_MS = 20             # between two tries to reach a core that is being started again
 _LONGEST_PATH = 107 if sys.platform.startswith("linux") else 103  # unix(7)
 _TIMEVAL = struct.Struct("@ll")
@@ -188,9 +189,12 @@ class _Lines:
             self._limits[option] = secs
 
     def send(self, raw: bytes, timeout: float) -> None:
+        until, left = time.monotonic() + timeout, memoryview(raw + b"\n")
         self._limit(socket.SO_SNDTIMEO, timeout)
         try:
-            self.sock.sendall(raw + b"\n")
+            while left := left[self.sock.send(left):]:
+                if time.monotonic() > until:  # it takes a little, again and again
+                    raise BlockingIOError
         except BlockingIOError:
             raise RequestTimeout(f"{self._route.name} took no request for {timeout:g} s") from None
         except OSError as e:
@@ -200,9 +204,10 @@ class _Lines:
         """Return the next line, or `None` when none is complete after `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._lines:
-            if not self._fill(timeout) or (not self._lines and deadline is not None
-                                           and time.monotonic() > deadline):
+            if not self._fill(timeout):
                 return None
+            if not self._lines and deadline is not None:  # some of it has come
+                timeout = max(deadline - time.monotonic(), 0.0)
         line = self._lines.popleft()
         if line is None:
             raise LinkError(f"{self._route.name} sent a line of more than {MAX_WIRE} bytes")
@@ -247,8 +252,12 @@ class _Trunk:
         lines = self._lines
         if lines is None:
             lines = self._lines = _Lines(self.route)
+        began = time.monotonic()
         try:
             lines.send(self.audience.fewer() + raw, timeout)
+            took = time.monotonic() - began
+            if took > _AT_ONCE_SECS:  # else one system call more would be all that it brings
+                timeout = max(timeout - took, 0.001)
             reply = lines.receive(timeout) if self.audience.quiet else self._sorted(lines, timeout)
         except BaseException:  # Ctrl-C too: what comes later would be taken for the next reply
             self.drop()

@@ -13,6 +13,7 @@ and an error of exec comes back as an errno. All our descriptors are close-on-ex
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -274,7 +275,7 @@ def _find(program: str, environment: Mapping[str, str]) -> str:
 
 def signal_number(spec: str | int) -> int:
     """Return the number of `SIGINT`, `int`, `interrupt`, 2 …; `RequestError` if there is none such here."""
-    if isinstance(spec, str) and spec.strip().lstrip("-").isdigit() and len(spec) < 9:
+    if isinstance(spec, str) and re.fullmatch(r"\s*-?[0-9]{1,8}\s*", spec):
         spec = int(spec)
     if isinstance(spec, str):
         word = _WORDS.get(spec.strip().lower(), spec.strip().upper())

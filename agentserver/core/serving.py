@@ -1,19 +1,18 @@
 """The ways in: how a server comes to run, in the foreground, detached, or as its own newer version.
 
-Owns:    what is checked before anything is started: the state directory, the descriptors, the backends.
+Owns:    what is checked before anything is started: the descriptors, the backends, and that nobody else serves.
 Runs in: the process that becomes the keeper; `start_detached` in the one that wants a keeper beside it.
 Unaware: of what a keeper does.
 """
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from typing import Callable
 
 from ..config import ServerConfig
 from ..errors import AgentServerError, StartError
-from . import process, tree
+from . import process, state_dir, tree
 from .channel import Channel
 from .keeper import Keeper
 from .lock import lock
@@ -31,7 +30,7 @@ def serve(config: ServerConfig) -> int:
     with_shell = _has_zmq()
     if not with_shell:
         _print("pyzmq is not installed, so only this machine is served; for the network: pip install pyzmq")
-    return _keep(config.resolved(os.getcwd()), with_shell, _print, "")
+    return _keep(config.resolved(), with_shell, _print, "")
 
 
 def _print(sentence: str) -> None:
@@ -47,10 +46,11 @@ def _has_zmq() -> bool:
 
 
 def _keep(config: ServerConfig, with_shell: bool, on_ready: Callable[[str], None], log: str) -> int:
-    make_state_dir(config.state_dir)
+    state_dir.prepare(config.state_dir)
     held = lock(os.path.join(config.state_dir, "keeper.lock"))
     try:
         _check_descriptors(config.max_agents)
+        state_dir.make(os.path.join(config.state_dir, state_dir.AGENTS))
         tree.become_subreaper()
         return Keeper(config, with_shell, on_ready, held, log).run()
     finally:
@@ -65,21 +65,6 @@ def renewed(fd: int) -> int:
     keeper = Keeper(config, state["shell"] is not None, lambda where: None, state["lock"], state["log"])
     keeper.restore(state)
     return keeper.run()
-
-
-def make_state_dir(path: str) -> None:
-    """Make the state directory, ours alone, and see that it can be written."""
-    try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        facts = os.stat(path)
-        if facts.st_uid != os.getuid():
-            raise StartError(f"the state directory {path} belongs to another user (uid {facts.st_uid})")
-        os.chmod(path, 0o700)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "")
-    except OSError as e:
-        raise StartError(f"the state directory {path} cannot be used: {os.strerror(e.errno or 0)}; "
-                         "name another with --state-dir") from None
 
 
 def _check_descriptors(max_agents: int) -> None:
@@ -102,7 +87,7 @@ def start_detached(config: ServerConfig) -> None:
         os.close(null)
     os.waitpid(pid, 0)  # it forks at once, so that no zombie of it stays with whoever called us
     channel = Channel(ours)
-    channel.send({"config": config.resolved(os.getcwd()).to_json()})
+    channel.send({"config": config.resolved().to_json()})
     try:
         word = channel.next()
     except EOFError:
@@ -122,7 +107,7 @@ def main(sock: socket.socket) -> int:
     forget(os.environ)  # a manager that started the program which embeds us is not ours to talk to
     log = os.path.join(config.state_dir, "keeper.log")
     try:
-        make_state_dir(config.state_dir)
+        state_dir.prepare(config.state_dir)
         redirect(log)
         return _keep(config, False, lambda where: channel.finish({"ready": where}), log)
     except AgentServerError as e:

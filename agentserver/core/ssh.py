@@ -20,7 +20,9 @@ import termios
 import time
 from typing import Dict, List, Mapping, NamedTuple, Optional, Set
 
+from ..endpoint import MAX_PORT, port_number
 from ..errors import LinkError
+from ..paths import expanded
 from . import process
 from .link import NotThere
 
@@ -30,7 +32,7 @@ COMMAND = "agentserver stdio"
 #: as sftp does it: nothing but the command; and a network that has died is noticed within half a minute
 _OPTIONS = ("-T", "-a", "-x", "-oClearAllForwardings=yes", "-oPermitLocalCommand=no", "-oRemoteCommand=none",
             "-oServerAliveInterval=10", "-oServerAliveCountMax=3")
-_ADDRESS = re.compile(r"ssh://(?:([^/?#]*)@)?(\[[^]/?#]+\]|[^]\[@:/?#]+)(?::(\d{1,5}))?(/[^?#]*)?(?:\?([^#]*))?")
+_ADDRESS = re.compile(r"ssh://(?:([^/?#]*)@)?(\[[^]/?#]+\]|[^]\[@:/?#]+)(?::([^/?#]*))?(/[^?#]*)?(?:\?([^#]*))?")
 _FORM = "ssh://[USER@]HOST[:PORT][/STATE_DIR][?command=COMMAND]"
 _PREAMBLE = 100            # lines that a login shell there may print first
 _LAST_WORDS_SECS = 1.0     # for the end of a process that has closed its stdout
@@ -62,6 +64,8 @@ def parse(address: str) -> Target:
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise LinkError(f"{address!r} is not an address of a host; write {_FORM}")
+    if match.group(3) is not None and port_number(match.group(3)) < 1:
+        raise LinkError(f"{address!r}: {match.group(3)!r} is no port from 1 to {MAX_PORT}; write {_FORM}")
     user, host, path = (unquote(part or "") for part in match.group(1, 2, 4))
     target = Target(host.strip("[]"), user, match.group(3) or "", _state_dir(path), _options(address, match.group(5)))
     for word in (target.host, target.user):
@@ -95,7 +99,8 @@ def command_lines(target: Target, environ: Mapping[str, str], ask: bool) -> List
         there += f" --state-dir {shlex.quote(target.state_dir)}"
     try:
         here = shlex.split(environ.get(PROGRAM_VARIABLE) or "ssh")
-    except ValueError as e:
+        here[0] = expanded(here[0])
+    except (ValueError, IndexError) as e:
         raise LinkError(f"{PROGRAM_VARIABLE} cannot be cut into words: {e}") from None
     port = ["-p", target.port] if target.port else []
     quiet = [] if ask else ["-oBatchMode=yes"]
@@ -129,7 +134,7 @@ class _Call(NamedTuple):
             if not piece:
                 break
             data = (data + piece)[-_SAID_BYTES:]
-        lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines()]
+        lines = [line.strip() for line in data.decode("utf-8", "replace").replace("\r", "\n").split("\n")]
         last = next((line for line in reversed(lines) if line), "")
         return "".join(char if char.isprintable() else " " for char in last)[:_SAID_SHOWN]
 

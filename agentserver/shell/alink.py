@@ -11,8 +11,9 @@ the socket itself is in doubt: the next request gets a new one, and the old one 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -23,6 +24,7 @@ from .endpoints import connected, dealer_socket, probe
 from .link import ZmqLink, event_in, listening, monitor_of
 
 Json = Dict[str, Any]
+T = TypeVar("T")
 
 
 class AsyncZmqLink:
@@ -32,7 +34,7 @@ class AsyncZmqLink:
         self._endpoint = endpoint
         self.attempt_secs = ZmqLink.attempt_secs
         self._dealer: Optional[_Dealer] = None
-        self._turn: Optional[asyncio.Lock] = None
+        self._reaching: Optional[asyncio.Future[str]] = None
         self._ear: Optional[_Ear] = None
 
     def listener(self) -> AsyncZmqLink:
@@ -44,7 +46,7 @@ class AsyncZmqLink:
     async def request(self, raw: bytes, request_id: str, timeout: float) -> bytes:
         """Send one message and return its reply. After a failure the next call uses a fresh socket."""
         until = time.monotonic() + timeout
-        dealer = await self._connected(timeout)
+        dealer = self._dealer or await self._connected(timeout)
         try:
             return await dealer.ask(raw, max(until - time.monotonic(), 0.001))
         except (LinkError, RequestTimeout):
@@ -54,13 +56,16 @@ class AsyncZmqLink:
             raise
 
     async def _connected(self, timeout: float) -> _Dealer:
+        """Connect, one for all who ask meanwhile; who may wait less than the first of them leaves sooner."""
+        reaching = self._reaching = self._reaching or _in_thread(probe, self._endpoint, timeout)
+        await asyncio.wait({reaching}, timeout=timeout)  # it goes on where who asks is cancelled
+        if not reaching.done():
+            raise RequestTimeout(f"{self._endpoint} did not answer within {timeout:g} s")
+        if self._reaching is reaching:
+            self._reaching = None
+        where = reaching.result()
         if self._dealer is None:
-            self._turn = self._turn or asyncio.Lock()
-            async with self._turn:
-                if self._dealer is None:
-                    # in a thread: looking up a host, and waiting for it to answer, cannot be awaited
-                    await asyncio.get_running_loop().run_in_executor(None, probe, self._endpoint, timeout)
-                    self._dealer = _Dealer(self._endpoint)
+            self._dealer = _Dealer(self._endpoint, where)
         return self._dealer
 
     # ------------------------------------------------------------ events
@@ -105,6 +110,31 @@ class AsyncZmqLink:
         """Return at once: closing takes no time."""
 
 
+def _in_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    """Call what would block, such as looking up a host, in a thread of its own. A loop that ends meanwhile does not
+    wait for it, as it would for the threads of an executor."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Any, error: Optional[Exception]) -> None:
+        if not future.done():
+            future.set_result(result) if error is None else future.set_exception(error)
+
+    def call() -> None:
+        result, failed = None, None
+        try:
+            result = function(*args)
+        except Exception as e:
+            failed = e
+        try:
+            loop.call_soon_threadsafe(settle, result, failed)
+        except RuntimeError:
+            pass  # the loop was closed: nobody waits any more
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be that nobody asks for it
+    threading.Thread(target=call, name="probe", daemon=True).start()
+    return future
+
+
 def _next(sock: zmq.Socket[Any]) -> asyncio.Future[List[bytes]]:
     """Return the future of a socket's next message. To the type checker it is a blocking socket."""
     message: Any = sock.recv_multipart()
@@ -115,9 +145,10 @@ def _next(sock: zmq.Socket[Any]) -> asyncio.Future[List[bytes]]:
 class _Dealer:
     """A socket for requests, and who waits for which reply."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, where: str) -> None:
+        """`where` is the numeric address of `endpoint`."""
         self._endpoint = endpoint
-        self._sock = connected(dealer_socket(zmq.asyncio.Context.instance()), endpoint)
+        self._sock = connected(dealer_socket(zmq.asyncio.Context.instance()), where)
         self._waiting: Dict[bytes, asyncio.Future[bytes]] = {}
         self._count = 0
         self._retired = False

@@ -1,16 +1,20 @@
 """Addresses, socket options and the shape of what the shell itself puts on the wire.
 
-Owns:    options of all socket types, and whether anybody is there at an address.
+Owns:    options of all socket types, and at which address somebody is there.
 Runs in: the thread that owns the socket.
 Unaware: of agents and of the core.
 """
 from __future__ import annotations
 
+import errno
 import socket
-from typing import Any
+import threading
+import time
+from typing import Any, List
 
 import zmq
 
+from .. import endpoint as places
 from ..core.link import NotThere, dial
 from ..errors import AgentServerError, LinkError
 from ..messages import REQUESTS
@@ -98,18 +102,20 @@ def connection_of(frame: zmq.Frame) -> int:
 
 # ---------------------------------------------------------------- clients: is anybody there?
 
-def probe(endpoint: str, timeout: float) -> None:
-    """Raise `LinkError` unless somebody accepts a connection: a ZeroMQ socket alone would wait in silence."""
+def probe(endpoint: str, timeout: float) -> str:
+    """Return the numeric address at which somebody accepts a connection; raise `LinkError` where nobody does.
+
+    A ZeroMQ socket alone would wait in silence, and it tries only the first of a name's addresses.
+    """
     try:
         if endpoint.startswith("ipc://"):
-            return dial(endpoint[6:]).close()
-        if endpoint.startswith("tcp://"):
-            host, _, port = endpoint[6:].rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), max(timeout, 0.01)).close()
+            dial(endpoint[6:]).close()
+            return endpoint
+        return _answering(places.tcp(endpoint[6:]), time.monotonic() + max(timeout, 0.01))
     except socket.gaierror as e:
         raise NotThere(f"the host of {endpoint} is not known ({e.strerror})") from None
-    except (ValueError, OverflowError):
-        raise NotThere(f"{endpoint} is not an address; it looks like tcp://127.0.0.1:5555") from None
+    except ValueError as e:
+        raise NotThere(f"{endpoint} is not an address: {e}") from None
     except NotThere as e:
         raise NotThere(str(e).replace(endpoint[6:], endpoint, 1)) from None
     except LinkError as e:
@@ -119,14 +125,62 @@ def probe(endpoint: str, timeout: float) -> None:
                         "start one with: agentserver serve") from None
 
 
+def _answering(place: places.Tcp, deadline: float) -> str:
+    """Return the first of a host's addresses that accepts a connection; raise the last error."""
+    failed: OSError = socket.gaierror(socket.EAI_NONAME, "it has no address")
+    for family, kind, protocol, _name, address in _looked_up(place, deadline):
+        try:
+            with socket.socket(family, kind, protocol) as caller:
+                caller.settimeout(max(deadline - time.monotonic(), 0.01))
+                caller.connect(address)
+        except OSError as e:
+            failed = e
+            continue
+        scope = f"%{address[3]}" if len(address) > 3 and address[3] else ""
+        return str(places.Tcp(address[0].partition("%")[0] + scope, place.port))
+    raise failed
+
+
+def _looked_up(place: places.Tcp, deadline: float) -> List[Any]:
+    """Return what getaddrinfo(3) knows of a host. It has no deadline of its own, so it is left behind at ours."""
+    found: List[Any] = []
+
+    def look(flags: int) -> None:
+        try:
+            found.append(socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM, flags=flags))
+        except (OSError, UnicodeError) as e:
+            found.append(e)
+    look(socket.AI_NUMERICHOST)
+    if not isinstance(found[-1], list):
+        found.clear()
+        asker = threading.Thread(target=look, args=(0,), name="getaddrinfo", daemon=True)
+        asker.start()
+        asker.join(max(deadline - time.monotonic(), 0.01))
+    if not found:
+        raise TimeoutError(errno.ETIMEDOUT, "its name was not looked up in time")
+    if isinstance(found[-1], UnicodeError):
+        raise ValueError(f"{place.host!r} is no name of a host")
+    if isinstance(found[-1], OSError):
+        raise found[-1]
+    addresses: List[Any] = found[-1]
+    return addresses
+
+
 def connected(sock: zmq.Socket[Any], endpoint: str) -> zmq.Socket[Any]:
     """Connect a client's socket and return it, or close it and say why not."""
     try:
+        reach(sock, endpoint)
         sock.connect(endpoint)
     except zmq.ZMQError as e:
         sock.close()
         raise LinkError(f"cannot connect to {endpoint}: {e.strerror}") from None
     return sock
+
+
+def reach(sock: zmq.Socket[Any], endpoint: str) -> None:
+    """Let a socket use IPv6 where its endpoint does: libzmq's sockets are for IPv4 only, unless they are told."""
+    if endpoint.startswith("tcp://["):
+        sock.setsockopt(zmq.IPV6, 1)
 
 
 # ---------------------------------------------------------------- replies

@@ -35,7 +35,9 @@ class ZmqLink:
         """Send one message and return its reply. After any failure the next call uses a fresh socket."""
         req = self._req
         if req is None:
+            began = time.monotonic()
             req = self._connect(timeout)
+            timeout = max(timeout - (time.monotonic() - began), 0.001)
         if timeout != self._req_secs:
             self._req_secs = timeout
             millis = max(int(timeout * 1000), 1)
@@ -55,8 +57,8 @@ class ZmqLink:
             raise
 
     def _connect(self, timeout: float) -> zmq.Socket[Any]:
-        probe(self._endpoint, timeout)
-        self._req, self._req_secs = connected(req_socket(self._context), self._endpoint), -1.0
+        where = probe(self._endpoint, timeout)
+        self._req, self._req_secs = connected(req_socket(self._context), where), -1.0
         return self._req
 
     def subscribe(self, topics: Sequence[str], since: Optional[int] = None, timeout: float = 10.0,

@@ -19,7 +19,9 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import zmq
 
+from ..endpoint import port_number
 from ..errors import StartError
+from .endpoints import reach
 
 _QUEUED = 1024  # connections that are not accepted yet, as while the next shell starts
 
@@ -80,6 +82,7 @@ def _bind(sock: zmq.Socket[Any], endpoint: str) -> Bound:
 
 
 def _use(sock: zmq.Socket[Any], bound: Bound) -> Bound:
+    reach(sock, bound.endpoint)
     sock.setsockopt(zmq.USE_FD, bound.fd)
     sock.bind(bound.endpoint)
     return bound
@@ -105,7 +108,7 @@ def left_behind(hello: Mapping[str, Any]) -> List[Optional[Bound]]:
 def _listen_tcp(endpoint: str) -> socket.socket:
     scheme, _, address = endpoint.partition("://")
     host, colon, port = address.rpartition(":")
-    if scheme != "tcp" or not colon or not port.isdigit():
+    if scheme != "tcp" or not colon or port_number(port) < 0:
         raise OSError(errno.EINVAL, "not an address")
     listener = socket.socket(socket.AF_INET6 if host.startswith("[") else socket.AF_INET, socket.SOCK_STREAM)
     try:

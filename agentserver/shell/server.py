@@ -17,7 +17,8 @@ import zmq
 from ..core.framelink import FrameLink
 from ..core.link import LineLink, dial, socket_path
 from ..core.lock import await_free, held
-from ..core.serving import make_state_dir, start_detached
+from ..core.serving import start_detached
+from ..core.state_dir import prepare
 from ..errors import LinkError, RequestError, StartError
 from ..results import Health, ServerStats
 from ..wire import encode, new_id
@@ -47,7 +48,7 @@ class AgentServer:
     """
 
     def __init__(self, config: ServerConfig) -> None:
-        self._config = config = config.resolved(os.getcwd())
+        self._config = config = config.resolved()
         self._state_dir = config.state_dir
         self._stopper = Stopper(config.shutdown_timeout_secs + 10.0)
         self._running = threading.Event()
@@ -74,7 +75,7 @@ class AgentServer:
         self._started = True
         if self._stopper.asked:
             return
-        make_state_dir(self._state_dir)
+        prepare(self._state_dir)
         with held(os.path.join(self._state_dir, "shell.lock")):
             front = Front(self._config, self._state_dir)
             try:
