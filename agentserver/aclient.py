@@ -22,7 +22,7 @@ from .errors import RequestTimeout
 from .follow import Since
 from .lines import LONGEST_LINE
 from .results import AgentInfo, BatchOutcome, Chunk, EventsPage, ExitRecord, FoundLines, Health, LastLines, ServerStats
-from .talk import Ask, Hear, Item, Listen, Over, Pause, Step, Talk, resume
+from .talk import Ask, HangUp, Hear, Item, Listen, Over, Pause, Step, Talk, resume
 
 T = TypeVar("T")
 
@@ -317,7 +317,9 @@ class _Driver:
             return await self._ear.subscribe(step.topics, step.endpoint, step.timeout)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.secs)
-        return self._client._link.close()
+        if isinstance(step, HangUp):
+            return self._client._link.close()
+        raise TypeError(f"this client cannot do the step {type(step).__name__}")
 
     async def _ask(self, step: Ask) -> bytes:
         turns, until = self._client._turns, time.monotonic() + step.left

@@ -29,7 +29,7 @@ from .results import (
     OutputDropped,
     ServerStats,
 )
-from .talk import Ask, Hear, Item, Listen, Over, Pause, Step, Talk, resume
+from .talk import Ask, HangUp, Hear, Item, Listen, Over, Pause, Step, Talk, resume
 
 T = TypeVar("T")
 Output = Tuple[str, str, Union[Chunk, OutputDropped]]
@@ -344,4 +344,6 @@ class _Driver:
             return self._ear.subscribe(step.topics, endpoint=step.endpoint, timeout=step.timeout)
         if isinstance(step, Pause):
             return time.sleep(step.secs)
-        return self._client._link.close()
+        if isinstance(step, HangUp):
+            return self._client._link.close()
+        raise TypeError(f"this client cannot do the step {type(step).__name__}")

@@ -6,6 +6,7 @@ Unaware: of real agents; the contract suite has those.
 """
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import random
@@ -21,7 +22,7 @@ from driven import Driven
 from fakecore import Connection, FakeCore
 from support import MAIN, wait_until
 
-from agentserver import AgentClient, EventsDropped, OutputDropped, address, follow, hints
+from agentserver import AgentClient, EventsDropped, OutputDropped, aclient, address, client, follow, hints
 from agentserver.core.link import LineLink, NotThere, socket_path
 from agentserver.errors import LinkError, RequestError, RequestTimeout
 from agentserver.wire import encode, wire_text
@@ -803,3 +804,14 @@ def test_publishing_off_does_not_stop_a_follower(
     timer.start()
     assert followed(caller)["stdout"] == b"unheard" and time.monotonic() >= began
     timer.join()
+
+
+# ---------------------------------------------------------------- drivers
+
+def test_a_step_that_a_driver_does_not_know_is_an_error() -> None:
+    """It hung up instead, and the next request went over a new connection as if nothing had been asked."""
+    step: Any = object()
+    with client._Driver(AgentClient("unix:/nonexistent")) as driver, pytest.raises(TypeError, match="the step object"):
+        driver._do(step)
+    with pytest.raises(TypeError, match="the step object"):
+        asyncio.run(aclient._Driver(aclient.AsyncAgentClient("unix:/nonexistent"))._do(step))

@@ -58,7 +58,7 @@ HOMES = {
     "subprocess": ("core.process", "core.keeper"),
     "resource": ("core.process", "core.inherited", "cli.doctor"),
     "fcntl": ("core.lock", "core.output", "core.query", "core.run", "core.stdin", "core.pidfd", "core.terminal"),
-    "ctypes": ("core.tree", "cli.doctor"),
+    "ctypes": ("core.tree", "core.quota", "cli.doctor"),
     "threading": ("shell", "cli"),
     "multiprocessing": (),
     "asyncio": ("aclient", "core.alink", "shell.alink"),

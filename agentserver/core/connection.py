@@ -6,7 +6,7 @@ Unaware: of what requests mean; they go through `Desk.handle`.
 
 A peer that does not read its replies is not read from any more; one that does not read its events
 loses some (they are hints), and is told where as soon as it reads again. So no peer can make us hold
-more than a bounded amount for it.
+more than a bounded amount for it (`kept`), and quota.py bounds all together.
 """
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ from .reactor import READ, WRITE, Reactor
 from .scheduler import Scheduler
 
 PIECE = 128 * 1024            # bytes read at once
+CUT = 256                     # bytes that are cut into lines at once, where there may be more than can wait
 WAITING_MOST = 64             # requests of a local client that wait before we stop reading; a shell bounds its own
-WAITING_BYTES = 64 * 1024 * 1024  # of all requests that wait on one connection
+WAITING_BYTES = 1024 * 1024   # the same: beyond one request, however large
+SHELL_BYTES = 64 * 1024 * 1024  # of requests that wait on the connection of a shell
 PEERS_MOST = 1000             # peers behind one connection that are remembered while they ask nothing
 UNSENT_MOST = 16 * 1024 * 1024  # bytes of replies that may wait before we stop reading
 MISSED_MOST = 10_000          # topics of which it is remembered that something was dropped
+TOPIC_BYTES = 100             # that a topic costs beside its characters
 
 
 class Desk(Protocol):
@@ -50,16 +53,16 @@ class Desk(Protocol):
     def keeper_came(self, sock: socket.socket, caller: Caller) -> None:
         """A peer says that it is a new keeper, and gives this socket up for its channel."""
 
-    def dirty(self, connection: "Connection") -> None:
+    def dirty(self, connection: Connection) -> None:
         """This connection has something to send at the end of the turn."""
 
     def dropped(self) -> None:
         """One event was not pushed."""
 
-    def caught_up(self, connection: "Connection", missed: list[str]) -> None:
+    def caught_up(self, connection: Connection, missed: list[str]) -> None:
         """The peer reads again; of these topics something was dropped."""
 
-    def gone(self, connection: "Connection") -> None:
+    def gone(self, connection: Connection) -> None:
         """This connection is closed."""
 
 
@@ -67,7 +70,8 @@ class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
     __slots__ = ("_caller", "_desk", "_eof", "_frames", "_held", "_inboxes", "_lines", "_missed", "_out", "_role",
-                 "_sock", "_stalled", "_unsent", "_watch", "known", "scheduler", "shell", "topics")
+                 "_sock", "_stalled", "_topics", "_topics_kept", "_uncut", "_unsent", "_watch", "known",
+                 "scheduler", "shell")
 
     def __init__(self, sock: socket.socket, caller: Caller, desk: Desk) -> None:
         self._sock, self._caller, self._desk, self.scheduler = sock, caller, desk, desk.scheduler
@@ -75,11 +79,13 @@ class Connection:
         self._frames = framing.FrameDecoder(MAX_WIRE)
         self._inboxes: dict[bytes, Inbox] = {}  # by the header that names a peer
         self._held = 0       # bytes of requests that wait or are at work
+        self._uncut = memoryview(b"")  # what was read and not yet cut into lines, as more of them wait already
         self._out: Deque[memoryview | bytes] = deque()
         self._unsent = 0
         self._stalled = False  # a peer did not read its replies, so that requests wait
         self._eof = False    # the peer sends nothing more; it may still want its replies
-        self.topics: tuple[str, ...] = ()
+        self._topics: tuple[str, ...] = ()
+        self._topics_kept = 0
         self._missed: dict[str, None] = {}  # topics of which this peer was too slow for something
         self.shell: Shell | None = None     # it is one of ours
         self._role = ""
@@ -121,14 +127,27 @@ class Connection:
             if data.startswith(framing.PREFACE) and not self._inboxes:
                 self._lines, data = None, data[len(framing.PREFACE):]
             else:
-                for line in self._lines.feed(data):
-                    self._put(0, b"", line)
+                self._uncut = memoryview(data)
+                self._cut_lines(len(data) if data.count(b"\n") <= WAITING_MOST else CUT)
                 return
         for tag, head, body in self._frames.feed(data):
             if tag == 0:
                 self._greeted(header(Hello, head))
             else:
                 self._put(tag, head, body)
+
+    def _cut_lines(self, piece: int = CUT) -> None:
+        """Cut lines from what was read, so many bytes at once, until enough of them wait."""
+        while self._uncut and self._lines is not None and self._waiting < WAITING_MOST:
+            data, self._uncut = bytes(self._uncut[:piece]), self._uncut[piece:]
+            for line in self._lines.feed(data):
+                self._put(0, b"", line)
+
+    @property
+    def _waiting(self) -> int:
+        """How many requests of a local client wait."""
+        inbox = self._inboxes.get(b"")
+        return len(inbox) if inbox is not None else 0
 
     def _greeted(self, hello: Hello) -> None:
         self._role = hello.role
@@ -147,6 +166,11 @@ class Connection:
         self._desk.dirty(self)
 
     @property
+    def name(self) -> str:
+        """What records call who connected."""
+        return self._caller.name
+
+    @property
     def quiet(self) -> bool:
         """Whether it could be cut off without harm: it waits for nothing, and is no part of the server."""
         return not (self.shell or self.topics or self.owes)
@@ -154,7 +178,23 @@ class Connection:
     @property
     def owes(self) -> bool:
         """Whether replies are being made, or are not read yet."""
-        return bool(self._out) or not all(inbox.idle for inbox in self._inboxes.values())
+        return bool(self._out or self._uncut) or not all(inbox.idle for inbox in self._inboxes.values())
+
+    @property
+    def kept(self) -> int:
+        """About how many bytes it makes us keep."""
+        unfinished = self._frames.unfinished if self._lines is None else self._lines.unfinished
+        return (unfinished + len(self._uncut) + self._held + self._unsent + TOPIC_BYTES * len(self._missed)
+                + self._topics_kept)
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """What it listens to (prefixes)."""
+        return self._topics
+
+    @topics.setter
+    def topics(self, topics: tuple[str, ...]) -> None:
+        self._topics, self._topics_kept = topics, sum(map(len, topics)) + TOPIC_BYTES * len(topics)
 
     def _become_channel(self) -> None:
         """Hand the socket to the service: a keeper is at the other end."""
@@ -163,7 +203,10 @@ class Connection:
         self._desk.keeper_came(self._sock, self._caller)
 
     def _put(self, tag: int, head: bytes, raw: bytes | None) -> None:
-        """Put a request into the inbox of the peer that a header names."""
+        """Put a request into the inbox of the peer that a header names; all that a stranger sends is its own."""
+        if head and self.shell is None:
+            header(Asker, head)
+            head = b""
         inbox = self._inboxes.get(head)
         if inbox is None:
             if len(self._inboxes) >= PEERS_MOST:
@@ -177,7 +220,7 @@ class Connection:
         """Return who asks, and whose turn it is: whom a shell of ours names beside the message, else who connected."""
         asker = header(Asker, head) if head else Asker()
         may_listen = self._lines is not None or self._role == "monitor"
-        name = (self.shell and asker.name) or self._caller.name
+        name = (self.shell and asker.name) or self.name
         return Peer(name, self if may_listen else None), f"{name} {asker.peer}" if self.shell else name
 
     def _forget_idle(self) -> None:
@@ -212,6 +255,7 @@ class Connection:
         """One request, of so many bytes, is done; there may be room for others."""
         self._held -= size
         if self._watch.active:
+            self._cut_lines()
             self._desk.dirty(self)
 
     # ------------------------------------------------------------ out
@@ -270,12 +314,15 @@ class Connection:
     @property
     def _reading(self) -> bool:
         """Whether more requests may come. Those of a shell may, while one of its peers has many: it bounds them."""
-        return not self._eof and self._unsent <= UNSENT_MOST and self._held <= WAITING_BYTES and (
-            self._lines is None or not self._inboxes or len(self._inboxes[b""]) < WAITING_MOST)
+        if self._eof or self._uncut or self._unsent > UNSENT_MOST:
+            return False
+        if self.shell is not None:
+            return self._held <= SHELL_BYTES
+        return self._held <= WAITING_BYTES and self._waiting < WAITING_MOST
 
     def _over(self) -> bool:
         """Whether nobody is owed a reply by a connection whose peer sends nothing more, or nobody can get one."""
-        if any(inbox.working for inbox in self._inboxes.values()):
+        if self._uncut or any(inbox.working for inbox in self._inboxes.values()):
             return False
         return all(inbox.idle for inbox in self._inboxes.values()) or self._hung_up()
 
@@ -304,4 +351,9 @@ class Connection:
             self._desk.reactor.unwatch(self._watch)
             self._sock.close()
             self._out.clear()
+            self._uncut = memoryview(b"")
+            self._missed.clear()
+            for decoder in (self._lines, self._frames):
+                if decoder is not None:
+                    decoder.forget()
             self._desk.gone(self)

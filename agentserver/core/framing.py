@@ -43,6 +43,15 @@ class LineDecoder:
         self._scanned = 0       # no newline before this position
         self._skipping = False  # inside a line that was already answered as too large
 
+    @property
+    def unfinished(self) -> int:
+        """How many bytes are kept of a line that is not whole yet."""
+        return len(self._buffer)
+
+    def forget(self) -> None:
+        """Let go of that."""
+        self._buffer.clear()
+
     def feed(self, data: bytes) -> list[bytes | None]:
         """Return the messages that `data` completes, without their newline."""
         if not self._buffer and not self._skipping and data.endswith(b"\n") and data.count(b"\n") == 1 \
@@ -77,6 +86,15 @@ class FrameDecoder:
     def __init__(self, limit: int) -> None:
         self._buffer = bytearray()
         self._limit = limit
+
+    @property
+    def unfinished(self) -> int:
+        """How many bytes are kept of a frame that is not whole yet."""
+        return len(self._buffer)
+
+    def forget(self) -> None:
+        """Let go of that."""
+        self._buffer.clear()
 
     def feed(self, data: bytes) -> list[tuple[int, bytes, bytes]]:
         """Return the frames that `data` completes."""

@@ -40,6 +40,7 @@ from .orphan import end_orphaned
 from .peers import SHELL_LOCK, Caller, Hello, Shell, caller, is_keeper, is_ours, shell
 from .pushing import Pushing
 from .queries import Queries
+from .quota import Quota, give_back
 from .reactor import READ, WRITE, Reactor
 from .registry import Ask, Registry, check_registry
 from .scheduler import Scheduler
@@ -68,6 +69,7 @@ class Service:
         self._say = say
         process.raise_descriptor_limit()
         process.reserve()
+        give_back()
         self.reactor = Reactor()
         self.scheduler = Scheduler(self.reactor)
         self.registry = Registry("registry.db", say, config.events_kept, config.events_secs, config.requests_kept)
@@ -93,6 +95,7 @@ class Service:
         left = process.descriptor_limit() - config.max_agents * process.FDS_PER_AGENT - process.FDS_RESERVE // 2
         self._connections_most = min(CONNECTIONS_MOST, max(process.FDS_RESERVE // 2, left))
         self._dirty: dict[Connection, None] = {}
+        self._quota: Quota[Connection] = Quota()
         self._durable = True  # what this turn has done is on disk
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
         self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
@@ -343,6 +346,11 @@ class Service:
             elif connection in self._connections:  # it is the last one that was quiet
                 del self._connections[connection]
                 self._connections[connection] = None
+                self._quota.note(connection, 0 if connection.shell else connection.kept)
+        while (greediest := self._quota.greediest) is not None:
+            self._say("local clients make the core keep too much; the one with the most is cut off: "
+                      f"{greediest.name}, {greediest.kept} bytes")
+            greediest.close()
 
     def _tick(self) -> None:
         self.reactor.after(self.config.status_update_interval_secs, self._tick)
@@ -424,6 +432,7 @@ class Service:
     def gone(self, connection: Connection) -> None:
         """Forget a closed connection."""
         self._connections.pop(connection, None)
+        self._quota.forget(connection)
         self._dirty.pop(connection, None)
         self._feed.subscribe(connection, ())
         if connection.shell is not None and not any(c.shell for c in self._connections):
