@@ -221,7 +221,7 @@ class Adoption:
         if run.pidfd is None or agent.run is not run or agent.pid is None:
             return
         self._reactor.change(run.pidfd, 0)
-        ended = pidfd.how_it_ended(fd)
+        ended = pidfd.how_it_ended(fd) if tries else None  # the keeper, if it is the parent now, tells more in a moment
         if ended is None and tries < STRANGER_TRIES:
             self._reactor.after(UNSEEN_SECS / STRANGER_TRIES,
                                 lambda: self._stranger_ended(agent, run, fd, tries + 1))

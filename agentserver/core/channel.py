@@ -133,6 +133,13 @@ class Channel:
         self.send(word)
         self.close()
 
+    @property
+    def hung_up(self) -> bool:
+        """Whether the other end is gone; something of it may be left to be received."""
+        poll = select.poll()
+        poll.register(self._sock, 0)
+        return bool(poll.poll(0))
+
     # ------------------------------------------------------------ receiving
 
     def next(self) -> Json:

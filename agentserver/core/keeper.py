@@ -81,6 +81,10 @@ class Keeper:
     def _everyone(self) -> list[Part]:
         return [*self._parts, *(part for part in (self._next, self._before) if part is not None)]
 
+    @property
+    def _cores(self) -> list[Part]:
+        return [part for part in self._everyone if part is not self._shell]
+
     def run(self) -> int:
         """Serve until the core is done; return the exit code. Raise `StartError` if the server cannot start at all."""
         try:
@@ -432,6 +436,8 @@ class Keeper:
             if part is None and self._trial is not None and pid == self._trial.pid:
                 self._trial.code = ended.code if ended.code is not None else -1
             elif part is None:
+                if any(core.pid and (core.channel is None or core.channel.hung_up) for core in self._cores):
+                    self._held.core_ended()  # it hung up, and is just ending: its children may be seen to end before it
                 self._held.ended(pid, ended, seen, self._serving().channel)
             if part is None:
                 continue
