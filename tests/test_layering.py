@@ -53,7 +53,7 @@ ACROSS = {
 HOMES = {
     "zmq": ("shell", "cli.doctor"),
     "selectors": ("core.reactor",),
-    "sqlite3": ("core.registry",),
+    "sqlite3": ("core.database",),
     "argparse": ("cli",),
     "subprocess": ("core.process", "core.keeper"),
     "resource": ("core.process", "core.inherited", "cli.doctor"),

@@ -28,7 +28,10 @@ Owns:    this map. Read in this order; each file uses only those above it:
     tree        who descends from whom, by /proc
     queries     such questions as the core has them: their processes, their turns
     facts       what a health check tells of the server
-    registry    everything that must be remembered: sqlite3
+    backlog     what waits to be written into the registry        pure
+    database    the registry's file: locked, full, damaged, gone; sqlite3
+    registry    everything that must be remembered
+    patience    requests that wait while another process locks the registry
     feed        what is told to whoever listens
     pushing     output on its way to who listens
     names       which agents a name or the beginning of an id can mean
@@ -38,6 +41,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     losses      output that is gone, told as events
     takeover    what a core before us left of each agent
     starting    how an attempt begins: its files, its pipes, its process
+    unlisted    agents that run and that the registry does not know
     family      which processes belong to which agent
     standstill  a tree that is stopped, step by step
     ending      the stop ladder, the exit, the exit record

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
+from typing import Callable
 
 from ..errors import RequestError
 from . import lifecycle, pidfd, process, tree
 from .agent import Agent, new_record
 from .ending import LEFT_ALONE, UNKILLABLE, exit_record
 from .family import Family
+from .losses import untold
 from .reactor import READ, Reactor
-from .registry import Registry
+from .registry import Registry, Row
 from .run import Run
 from .supervisor import SERVER, Supervisor
 from .takeover import Found, Inheritance, Keeper, TakeOver
+from .unlisted import Unlisted
 from .witness import Witness
 
 STRANGER_TRIES = 50
@@ -36,9 +40,12 @@ class Adoption:
     """See the module."""
 
     def __init__(self, supervisor: Supervisor, registry: Registry, reactor: Reactor, family: Family,
-                 keeper: Keeper) -> None:
+                 keeper: Keeper, say: Callable[[str], None]) -> None:
         self._supervisor, self._registry, self._reactor = supervisor, registry, reactor
-        self._family, self._keeper = family, keeper
+        self._family, self._keeper, self._say = family, keeper, say
+        self._unlisted = Unlisted(supervisor.config, registry, supervisor.boot, supervisor.directory, supervisor.output,
+                                  lambda asked: supervisor.starting.plan(asked).finish, reactor.clock)
+        self._unreadable: dict[str, tuple[Row, str]] = {}
 
     # ------------------------------------------------------------ at the start
 
@@ -47,9 +54,14 @@ class Adoption:
         supervisor = self._supervisor
         supervisor.enter(self._known())
         taken = TakeOver(left, supervisor.boot, witness, self._keeper)
+        self._list(taken)
         live = [agent for agent in supervisor.agents.values() if not agent.terminal]
         for agent in sorted(live, key=lambda agent: agent.pid is None):  # whose pid is known takes its end first
-            self._take_over(agent, taken)
+            try:
+                self._take_over(agent, taken)
+            except Exception:  # one that cannot be gone on with must not keep the others from it
+                self._say(f"{agent.label()} cannot be gone on with: {traceback.format_exc()}")
+                self._lost(agent, taken.survivors(agent))
         for agent_id in taken.unclaimed():
             self._keeper.release(agent_id, [])
         supervisor.retain()
@@ -59,15 +71,37 @@ class Adoption:
     def _known(self) -> list[Agent]:
         """Return the agents of the registry; what cannot be one is put aside."""
         known = []
-        for agent_id, record in self._registry.agents():
+        for row in self._registry.agents():
             try:
-                agent = Agent(agent_id, self._supervisor.output(agent_id), {**new_record(), **record})
+                if row.record is None:
+                    raise ValueError(row.why)
+                agent = Agent(row.id, self._supervisor.output(row.id), {**new_record(), **row.record})
                 agent.check()
+                untold(agent)
             except Exception as e:
-                self._registry.quarantine(agent_id, repr(e), str(record))
+                self._unreadable[row.id] = row, str(e) or repr(e)
             else:
                 known.append(agent)
         return known
+
+    def _list(self, taken: TakeOver) -> None:
+        """Enter agents that run and have no record that can be read, and put unreadable records aside."""
+        supervisor = self._supervisor
+        found = self._unlisted.find(taken, supervisor.agents, self._unreadable)
+        listed = {agent.id for agent in found}
+        for agent_id, (row, why) in self._unreadable.items():
+            self._registry.quarantine(row, why, forget=agent_id not in listed)
+        self._unreadable.clear()
+        for agent in found:
+            supervisor.admit(agent)
+            if agent.pid is None:
+                self._supervisor.started(agent)
+                run = supervisor.run(agent, taken.rest(agent.id), -1)
+                run.drain()
+                run.close()
+                self._lost(agent, taken.survivors(agent), "its record was lost, and nothing of it can be gone on with")
+            else:
+                self._supervisor.found(agent)
 
     def _take_over(self, agent: Agent, taken: TakeOver) -> None:
         """Go on with an agent where a core before us had to stop; what cannot be gone on with is ended and recorded."""
@@ -137,19 +171,21 @@ class Adoption:
             self._supervisor.ending.close(agent)
             self._lost(agent, tree.marked().get(agent.id, []))
 
-    def _lost(self, agent: Agent, left: list[tree.Proc]) -> None:
+    def _lost(self, agent: Agent, left: list[tree.Proc],
+              why: str = "the server died together with what it held of the agent") -> None:
         """End what is left of an agent that nothing was held of, and record it. Its output so far is kept."""
         kill = self._supervisor.config.orphans == "kill"
         named = {proc.pid: {"pid": proc.pid, "command": tree.command_of(proc.pid)} for proc in left}
         living = {proc.pid for proc in (tree.end(left) if kill else tree.living(left))}
-        why = UNKILLABLE if kill else LEFT_ALONE
+        reason = UNKILLABLE if kill else LEFT_ALONE
         leaked = [named[pid] for pid in named if pid not in living and pid != agent.pid]
-        survivors = [{**named[pid], "why": why} for pid in named if pid in living]
+        survivors = [{**named[pid], "why": reason} for pid in named if pid in living]
         agent.want = "down"
-        duration = time.time() - (agent.started_at or agent.created_at)
+        duration = max(0.0, self._reactor.clock() - agent.began if agent.boot == self._supervisor.boot and agent.began
+                       else time.time() - (agent.started_at or agent.created_at))
         self._supervisor.on_end(agent, lifecycle.LOST,
                                 exit_record("lost", "server", duration, None, leaked, survivors),
-                                "the server died together with what it held of the agent; what was left of it was "
+                                f"{why}; what was left of it was "
                                 + ("ended" if kill and not living else "left alone" if not kill else
                                    "to be ended, and could not be"))
 

@@ -26,12 +26,16 @@ STORED: dict[str, Any] = {
     "started_at": _TIME, "finished_at": _TIME, "paused_at": _TIME, "pause_mode": (str, _NONE), "exit": (dict, _NONE),
     "still": dict, "began": _NUMBER, "ending": (dict, _NONE), "signalled": dict,
     "stdin_file": int, "stdin_end": int, "stdin_closing": bool, "told": dict, "capped": dict}
+#: those of them that may be large and hardly ever change
+FIXED = ("name", "model_backend", "task", "command", "cwd", "labels", "metadata")
+_CHANGING = tuple(key for key in STORED if key not in FIXED)
 
 
 class Agent:
     """One agent, from spawn until it is forgotten. Times are seconds since the epoch, None if they have not come."""
 
-    __slots__ = ("_json", "_spans", "cursors", "id", "adopted", "output", "reported", "run", "unknown", *STORED)
+    __slots__ = ("_fixed", "_fixed_text", "_json", "_spans", "cursors", "id", "adopted", "output", "reported", "run",
+                 "unknown", *STORED)
 
     name: str
     model_backend: str
@@ -69,6 +73,7 @@ class Agent:
     stdin_closing: bool
     told: dict[str, list[int]]  # see losses.py
     capped: dict[str, int]      # see segments.py
+    _fixed: tuple[object, ...]
 
     def __init__(self, agent_id: str, output: OutputLog, record: Json) -> None:
         self.id, self.output = agent_id, output
@@ -78,13 +83,23 @@ class Agent:
         self.reported = 0                  # bytes of output that a heartbeat has told of
         self.unknown = {key: value for key, value in record.items() if key not in STORED}
         self._json, self._spans = "", ((0, 0), (0, 0))
+        self._fixed, self._fixed_text = (), ""
         for key in STORED:
             setattr(self, key, record[key])
         output.recall(self.capped)
 
-    def record(self) -> Json:
-        """Return what is stored, with the fields that another version wrote."""
-        return {**self.unknown, **{key: getattr(self, key) for key in STORED}}
+    def texts(self) -> tuple[str, str]:
+        """Return what is stored, as JSON in two objects: what hardly ever changes, with the fields that another version
+        wrote (the same text while it has not), and what does."""
+        fixed = tuple([getattr(self, key) for key in FIXED])
+        if not self._fixed or any(new is not old for new, old in zip(fixed, self._fixed)):
+            self._fixed, self._fixed_text = fixed, encode_text({**self.unknown, **dict(zip(FIXED, fixed))})
+        return self._fixed_text, encode_text({key: getattr(self, key) for key in _CHANGING})
+
+    @property
+    def stage(self) -> tuple[object, ...]:
+        """What says whether and where it runs."""
+        return self.status, self.want, self.attempt, self.pid
 
     def check(self) -> None:
         """Raise `ValueError` for a record from the registry that cannot be what we wrote."""

@@ -22,6 +22,7 @@ from . import framing
 from .control import Peer, Steps
 from .inbox import Inbox
 from .peers import Asker, Caller, Hello, Shell, header
+from .pending import Deed
 from .reactor import READ, WRITE, Reactor
 from .scheduler import Scheduler
 
@@ -69,8 +70,8 @@ class Desk(Protocol):
 class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
-    __slots__ = ("_caller", "_desk", "_eof", "_frames", "_held", "_inboxes", "_lines", "_missed", "_out", "_role",
-                 "_sock", "_stalled", "_topics", "_topics_kept", "_uncut", "_unsent", "_watch", "known",
+    __slots__ = ("_caller", "_deeds", "_desk", "_eof", "_frames", "_held", "_inboxes", "_lines", "_missed", "_out",
+                 "_role", "_sock", "_stalled", "_topics", "_topics_kept", "_uncut", "_unsent", "_watch", "known",
                  "scheduler", "shell")
 
     def __init__(self, sock: socket.socket, caller: Caller, desk: Desk) -> None:
@@ -81,6 +82,7 @@ class Connection:
         self._held = 0       # bytes of requests that wait or are at work
         self._uncut = memoryview(b"")  # what was read and not yet cut into lines, as more of them wait already
         self._out: Deque[memoryview | bytes] = deque()
+        self._deeds: list[memoryview | bytes] = []  # replies to what was done and is not on disk, as the disk refuses
         self._unsent = 0
         self._stalled = False  # a peer did not read its replies, so that requests wait
         self._eof = False    # the peer sends nothing more; it may still want its replies
@@ -178,7 +180,7 @@ class Connection:
     @property
     def owes(self) -> bool:
         """Whether replies are being made, or are not read yet."""
-        return bool(self._out or self._uncut) or not all(inbox.idle for inbox in self._inboxes.values())
+        return bool(self._out or self._deeds or self._uncut) or not all(inbox.idle for inbox in self._inboxes.values())
 
     @property
     def kept(self) -> int:
@@ -248,7 +250,8 @@ class Connection:
     def answer(self, tag: int, reply: bytes) -> None:
         """Send a reply, at the end of the turn."""
         if self._watch.active:
-            self._send(reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply))
+            data = reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply)
+            self._send(Deed(data) if isinstance(reply, Deed) else data)
             self._desk.dirty(self)
 
     def handled(self, size: int) -> None:
@@ -259,6 +262,23 @@ class Connection:
             self._desk.dirty(self)
 
     # ------------------------------------------------------------ out
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether nobody else is served over this connection."""
+        return self._lines is not None
+
+    def withhold(self) -> bool:
+        """What was done in this turn is not on disk: its replies have to wait for that, and no others. Return whether
+        there are any."""
+        self._deeds += [piece for piece in self._out if isinstance(piece, Deed)]
+        self._out = deque(piece for piece in self._out if not isinstance(piece, Deed))
+        return bool(self._deeds)
+
+    def acknowledge(self) -> None:
+        """What was done is on disk: let the replies go that waited for that."""
+        self._out.extend(self._deeds)
+        self._deeds.clear()
 
     @property
     def room(self) -> bool:
@@ -299,7 +319,7 @@ class Connection:
         except OSError:
             self.close()
             return
-        if self._eof and not self._out and self._over():
+        if self._eof and not self._out and not self._deeds and self._over():
             self.close()
             return
         if self._missed and self.room:
@@ -353,6 +373,7 @@ class Connection:
             self._out.clear()
             self._uncut = memoryview(b"")
             self._missed.clear()
+            self._deeds.clear()
             for decoder in (self._lines, self._frames):
                 if decoder is not None:
                     decoder.forget()

@@ -21,7 +21,8 @@ from .batch import Batch, Work
 from .commands import EFFECTS, Commands
 from .facts import Facts
 from .feed import Subscriber
-from .pending import Pending
+from .patience import Patience
+from .pending import Deed, Pending
 from .queries import Queries
 from .registry import Ask
 from .run import STREAMS
@@ -69,13 +70,13 @@ class Control:
     """See the module. `stats` returns the counters and what our processes use."""
 
     def __init__(self, supervisor: Supervisor, queries: Queries, facts: Facts, stats: Callable[[], Json],
-                 on_shutdown: Callable[[m.ShutdownRequest, Ask], None], on_reload: Callable[[], None], limit: int,
-                 say: Callable[[str], None]) -> None:
+                 on_shutdown: Callable[[m.ShutdownRequest, Ask], None], on_reload: Callable[[], None],
+                 patience: Patience, limit: int, say: Callable[[str], None]) -> None:
         self._supervisor, self._queries, self._facts, self._stats = supervisor, queries, facts, stats
         self._on_shutdown, self._on_reload, self._limit, self._say = on_shutdown, on_reload, limit, say
         self._registry, self._feed, self._count = supervisor.registry, supervisor.feed, supervisor.counters.add
         self._commands = Commands(supervisor, facts)
-        self.remembers = False  # this turn has done something whose reply must not leave before it is on disk
+        self._patience = patience
         self._clock = supervisor.reactor.clock
         self._doing: dict[str, _Doing] = {}  # by request id
         self._handlers: dict[str, Callable[[Any, Ask, Peer], Result | Making]] = {
@@ -88,13 +89,14 @@ class Control:
 
     # ------------------------------------------------------------ the door
 
-    def handle(self, raw: bytes | None, peer: Peer) -> Steps:
+    def handle(self, raw: bytes | None, peer: Peer, again: Json | None = None) -> Steps:
         """Make the reply to one message, or a promise of it, in steps; `None` stands for a message that was too long to
-        be kept."""
-        self._count("requests")
-        reply_type, request_id, obj = "error_response", None, None
+        be kept. `again`: it was read before, and had to wait."""
+        reply_type, request_id, obj, size = "error_response", None, again, 0
         try:
-            obj, refusal = self._opened(raw)
+            if again is None:
+                self._count("requests")
+            obj, refusal = self._opened(raw) if again is None else (again, None)
             size, raw = len(raw or b""), None
             cls = m.REQUESTS.get(obj["type"]) if isinstance(obj.get("type"), str) else None
             if cls is not None:
@@ -111,6 +113,9 @@ class Control:
             if isinstance(reply, Pending):
                 return reply
         except AgentServerError as e:
+            promise = self._later(e, obj, request_id, peer, size)
+            if promise is not None:
+                return promise
             reply = _failure(reply_type, request_id, str(e), e.code)
         except OSError as e:  # of the output files: out of descriptors, a disk that cannot be read
             reply = _failure(reply_type, request_id, f"the server's disk or descriptors failed: {e.strerror}",
@@ -132,6 +137,17 @@ class Control:
         return {name: glimpse(raw, name) for name in ("type", "request_id")}, RequestError(
             f"the message has more than {MAX_VALUES} values (items of lists and members of objects); send less at "
             "once, and bytes as text or base64")
+
+    def _later(self, e: AgentServerError, obj: Json | None, request_id: str | None, peer: Peer,
+               size: int) -> Pending | None:
+        """Promise the reply to a request that was refused, with nothing done, for a lock that may go in a moment."""
+        doing = self._doing.get(request_id or "")
+        if e.code != "unavailable" or obj is None or doing is None or doing.message is not obj or doing.others:
+            return None
+        promise = self._patience.wait(lambda: self.handle(None, peer, obj), size)
+        if promise is not None:
+            del self._doing[request_id or ""]
+        return promise
 
     def _tell_others(self, request_id: str | None, obj: Json | None, reply: bytes) -> None:
         """Give the reply to those, too, who asked the same while it was being made."""
@@ -170,9 +186,9 @@ class Control:
         if before is not None:
             _same(before.digest, ask)
             if before.reply is not None:
-                self.remembers = self.remembers or not before.durable
-                return before.reply
+                return before.reply if before.durable else Deed(before.reply)
             ask = ask._replace(begun=before.begun)
+        self._registry.check_room()
         self._doing[ask.request_id] = _Doing(obj, ask.digest)
         try:
             reply, agent_id, changed = yield from self._do(request, ask, peer)
@@ -180,8 +196,8 @@ class Control:
             self._registry.settle(ask.request_id)
             raise
         if changed:
-            self.remembers = True
             self._registry.remember(ask, reply, agent_id)
+            return Deed(reply)
         return reply
 
     @staticmethod
@@ -327,7 +343,8 @@ class Control:
         last = _sequence(found[-1]) if found else min(request.since, self._registry.sequence)
         head = {"type": request.reply, "request_id": ask.request_id, "success": True, "next": last,
                 "first_kept": self._registry.first_kept, "more": more}
-        return Done(_with_list(head, "events", found))
+        reply = _with_list(head, "events", found)
+        return Done(Deed(reply) if last > self._registry.sequence else reply)
 
     def _agent_of_events(self, ref: str | None) -> str | None:
         """Return the agent whose events are asked for; its id does when it is forgotten itself."""

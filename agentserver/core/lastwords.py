@@ -29,7 +29,7 @@ class LastWords:
             try:
                 pid, code, number = json.loads(line)
                 self.before[int(pid)] = Ended(code, number, None, None)
-            except ValueError:  # half a line: that child was not reaped either
+            except (ValueError, TypeError):  # half a line: that child was not reaped either
                 continue
 
     def note(self, pid: int, code: int | None, number: int | None) -> None:

@@ -1,12 +1,19 @@
 """A reply that is not there yet.
 
-Owns:    the meeting of who makes a reply and who waits for it: it is handed over once, or dropped.
+Owns:    the mark of a reply that waits for the disk, and the meeting of who makes a reply and who waits for it: it is
+         handed over once, or dropped.
 Runs in: the core's thread.
 Unaware: of what the reply says, how it is made, and where it goes.
 """
 from __future__ import annotations
 
 from typing import Callable
+
+
+class Deed(bytes):
+    """The reply to what was done. It must not leave before what was done is on disk."""
+
+    __slots__ = ()
 
 
 class Pending:

@@ -21,7 +21,7 @@ from typing import Callable, Sequence
 from ..config import ServerConfig
 from ..errors import AgentServerError, RequestError
 from ..messages import ShutdownRequest
-from ..wire import Json, encode_text, rfc3339
+from ..wire import Json, encode_text, read, rfc3339
 from . import process, tree
 from .adoption import Adoption
 from .channel import Channel
@@ -37,11 +37,12 @@ from .listener import NAME, Listener
 from .lock import held, restore
 from .log import Log
 from .orphan import end_orphaned
+from .patience import Patience
 from .peers import SHELL_LOCK, Caller, Hello, Shell, caller, is_keeper, is_ours, shell
 from .pushing import Pushing
 from .queries import Queries
 from .quota import Quota, give_back
-from .reactor import READ, WRITE, Reactor
+from .reactor import READ, WRITE, Reactor, Timer
 from .registry import Ask, Registry, check_registry
 from .scheduler import Scheduler
 from .supervisor import SERVER, Supervisor
@@ -56,6 +57,8 @@ LINGER_SECS = 1.0  # at most, for clients that listen, after the last agent has 
 FINISH_SECS = 5.0  # at most, for tasks that are under way when we yield to a successor or end
 RESTORE_PINGS = 3  # from one look at what lies in the state directory to the next
 YIELDED = 3     # exit code of a core that left its work to a successor
+WITHHELD_SECS = 2.0  # for which the disk may refuse, before local clients are cut off whose replies wait for it
+YIELD_AGAIN_SECS = 0.2  # between two tries to write all down for a successor
 TRIM_SECS = 600.0  # between two looks at what of the registry is past its time; or `events_secs`, if that is less
 
 
@@ -72,7 +75,9 @@ class Service:
         give_back()
         self.reactor = Reactor()
         self.scheduler = Scheduler(self.reactor)
-        self.registry = Registry("registry.db", say, config.events_kept, config.events_secs, config.requests_kept)
+        self.registry = Registry("registry.db", say, config.events_kept, config.events_secs, config.requests_kept,
+                                 boot=tree.boot_id(), after=self.reactor.after)
+        self._patience = Patience(self.reactor, self.scheduler, self.registry)
         self.counters = Counters("counters.bin", started["started_at"])
         self._config = self._named(config)
         self.facts = Facts(self._config, started, keeper.pid)
@@ -85,10 +90,10 @@ class Service:
         self.supervisor = Supervisor(self._config, self.reactor, self.scheduler, self.registry, feed, self._pushing,
                                      self.counters, os.environ, Inherited(started["nofile"], umask), family,
                                      self._last_words, self._witness, self._keeper, say)
-        self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper)
+        self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper, say)
         self._queries = Queries(self.reactor, family.helpers, config)
         self.control = Control(self.supervisor, self._queries, self.facts, self._stats, self._on_shutdown,
-                               self._on_reload, config.message_bytes, say)
+                               self._on_reload, self._patience, config.message_bytes, say)
         self.handle = self.control.handle
         self._feed = feed
         self._connections: dict[Connection, None] = {}  # who was quiet for the longest is first
@@ -97,6 +102,8 @@ class Service:
         self._dirty: dict[Connection, None] = {}
         self._quota: Quota[Connection] = Quota()
         self._durable = True  # what this turn has done is on disk
+        self._withheld: dict[Connection, float] = {}  # whose replies wait for the disk, and until when at most
+        self._yielding: Timer | None = None
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
         self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
         self._stranger_named = self._refusing = False
@@ -112,8 +119,13 @@ class Service:
 
         from ..wire import new_id
         server_id = config.server_id or self.registry.get("server_id") or new_id()
-        self.registry.put("server_id", server_id)
-        return replace(config, server_id=server_id)
+        try:
+            named = replace(config, server_id=server_id)
+        except AgentServerError as e:
+            named = replace(config, server_id=new_id())
+            self._say(f"the server's id in the registry is damaged, and it is {named.server_id} now: {e}")
+        self.registry.put("server_id", named.server_id)
+        return named
 
     # ------------------------------------------------------------ beginning and end
 
@@ -122,7 +134,7 @@ class Service:
         left.ends.update({pid: End(0, False, ended) for pid, ended in self._last_words.before.items()})
         self._known += left.ends
         self._adoption.load(left, self._witness)
-        self.registry.trim()
+        self._trim_some()
         self.supervisor.announce("up")
         self.registry.commit()
         self.reactor.on_signal(signal.SIGCHLD, self.supervisor.ending.reap)
@@ -158,6 +170,7 @@ class Service:
             restore(self._lock, "core.lock")
             self._witness.restore()
             self._last_words.restore()
+            self.registry.look()
         except (OSError, AgentServerError) as e:  # the directory itself has gone, or another server has come
             if str(e) != self._trouble:
                 self._trouble = str(e)
@@ -175,6 +188,7 @@ class Service:
         if self._listener is not None:
             self._listener.close(self.yielded)
         if self.yielded:
+            self.registry.make_whole()
             self.kept = Inheritance(self.supervisor.let_go(), {})
         else:
             self._keeper.channel.last({"done": True})
@@ -216,11 +230,16 @@ class Service:
         elif "hold_again" in word:
             self.supervisor.hold_again(word["hold_again"])
         elif "reload_failed" in word:
+            if self._yielding is not None:
+                self._yielding.cancel()
             self.facts.set_reload_failed(word["reload_failed"])
 
     def _yield(self) -> None:
         """Let a successor go on, as soon as all who have asked are answered. Those first whom that may take a while:
-        meanwhile the others are served."""
+        meanwhile the others are served. Not before all that only we know is on disk."""
+        if not self.registry.make_whole():
+            self._yielding = self.reactor.after(YIELD_AGAIN_SECS, self._yield)
+            return
         self._owing = {connection for connection in self._connections if connection.owes}
         for connection in list(self._owing):
             connection.finish()
@@ -281,9 +300,15 @@ class Service:
         self.supervisor.shutdown(request.mode, request.grace_secs, ask, self._down)
 
     def _go_on_ending(self) -> None:
-        ending = json.loads(self.registry.get("ending") or "{}")
-        if ending.get("started_at") == self.facts.started_at:  # else it was another server's
-            self.supervisor.shutdown(ending["mode"], ending["grace_secs"], SERVER, self._down)
+        try:
+            ending = json.loads(self.registry.get("ending") or "{}")
+            if ending.get("started_at") != self.facts.started_at:  # it was another server's
+                return
+            request = read(ShutdownRequest, ending)
+        except (ValueError, TypeError, AttributeError, RecursionError, RequestError) as e:
+            self._say(f"what the registry says of an end of the server is damaged, and it goes on: {e}")
+            return
+        self.supervisor.shutdown(request.mode, request.grace_secs, SERVER, self._down)
 
     def _down(self) -> None:
         """All agents have ended. Clients that listen get a moment to ask what became of theirs."""
@@ -309,12 +334,12 @@ class Service:
     def _end_of_turn(self) -> None:
         """Each part is done also when one before it has failed."""
         self._durable = False
-        for part in (self._commit, self._take_back, self._pushing.flush, self._push, self._answer_keeper, self._send):
+        for part in (self._commit, self._acknowledge, self._pushing.flush, self._push, self._answer_keeper, self._send):
             self.reactor.guard("the end of a turn", part)
 
     def _commit(self) -> None:
         self.supervisor.family.stale()
-        self._durable = self.registry.commit()
+        self._durable = self.registry.commit(again=False)
         if self._durable:
             self.supervisor.committed()
             self._durable = self.registry.commit()  # what came of that; stdin is closed only now, for example
@@ -323,12 +348,23 @@ class Service:
                 while self._known:
                     self._keeper.known(self._known.pop())
 
-    def _take_back(self) -> None:
-        """If what was done in this turn is not on disk, acknowledge nothing. Who asked reconnects, and asks again."""
-        remembers, self.control.remembers = self.control.remembers, False
-        if remembers and not self._durable:
-            for connection in list(self._dirty):
+    def _acknowledge(self) -> None:
+        """Let no reply to a deed leave before that is on disk. Whoever is served alone, and has waited for long, is cut
+        off: who asks again is told when it is."""
+        if not self._durable:
+            now = self.reactor.clock()
+            for connection in self._dirty:
+                if connection.withhold() and connection not in self._withheld:
+                    self._withheld[connection] = now + max(0.0, WITHHELD_SECS - self.registry.trouble_secs)
+                    self.reactor.at(self._withheld[connection], _more)
+            for connection in [each for each, until in self._withheld.items() if until <= now and each.may_be_cut]:
                 connection.close()
+        elif self._withheld:
+            for connection in self._withheld:
+                connection.acknowledge()
+                self._dirty[connection] = None
+            self._withheld = {}
+        self._patience.look()
 
     def _push(self) -> None:
         self._feed.flush(self._durable)
@@ -360,7 +396,11 @@ class Service:
 
     def _trim(self) -> None:
         self.reactor.after(min(TRIM_SECS, self.config.events_secs), self._trim)
-        self.registry.trim()
+        self._trim_some()
+
+    def _trim_some(self) -> None:
+        if self.registry.trim():
+            self.reactor.after(0, self._trim_some)
 
     # ------------------------------------------------------------ connections (connection.Desk)
 
@@ -434,6 +474,7 @@ class Service:
         self._connections.pop(connection, None)
         self._quota.forget(connection)
         self._dirty.pop(connection, None)
+        self._withheld.pop(connection, None)
         self._feed.subscribe(connection, ())
         if connection.shell is not None and not any(c.shell for c in self._connections):
             self.facts.set_shell(None)

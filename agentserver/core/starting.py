@@ -46,17 +46,21 @@ class Starting:
 
     def check_disk(self, agent: Agent) -> None:
         """Refuse what could not be written down, before anything of it is done."""
-        trouble = self._witness.expect(agent.id) or ("" if self._registry.commit() else self._registry.trouble)
+        self._expect(agent)
+        if not self._registry.commit():
+            raise self._registry.refusal()
+
+    def _expect(self, agent: Agent) -> None:
+        trouble = self._witness.expect(agent.id)
         if trouble:
-            raise _no_disk(trouble)
+            raise RequestError(f"the server cannot write down what it starts ({trouble}); make room on its disk",
+                               "unavailable")
 
     def start(self, agent: Agent, launch: backends.Launch, ask: Ask) -> dict[str, int]:
         """Start the process of an agent and return our ends of its pipes, or of its terminal."""
-        trouble = self._witness.expect(agent.id)  # first: an agent that is on disk is the one that has not begun
-        if not trouble and not self._registry.begin(ask, agent.id):  # then known: our death leaves no ghost, no double
-            trouble = self._registry.trouble
-        if trouble:
-            raise _no_disk(trouble)
+        self._expect(agent)  # first: an agent that is on disk is the one that has not begun
+        if not self._registry.begin(ask, agent.id):  # then known: our death leaves no ghost, no double
+            raise self._registry.refusal()
         directory = self._directory(agent.id)
         _write_files(directory, launch.files)
         environment = {**launch.environment_in(directory), tree.MARK: agent.id}
@@ -81,16 +85,19 @@ class Starting:
         agent.ending, agent.signalled, agent.stdin_closing = None, {}, False
 
 
-def _no_disk(trouble: str) -> RequestError:
-    return RequestError(f"the server cannot write down what it starts ({trouble}); make room on its disk",
-                        "unavailable")
+def _make(directory: str, needed: bool) -> None:
+    try:
+        make_directory(directory)
+    except OSError:  # a full disk keeps no agent from running
+        if needed:
+            raise
 
 
 def _write_files(directory: str, files: Mapping[str, str]) -> None:
-    """Write what an agent is to find in files, for its user's eyes only."""
+    """Make the directory of an agent, by which a core that has lost the registry knows it as ours (unlisted.py), and
+    write what the agent is to find in files, for its user's eyes only."""
     try:
-        if files:
-            make_directory(directory)
+        _make(directory, needed=bool(files))
         for name, text in files.items():
             with open(new_file(directory, name), "w", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(text)

@@ -6,6 +6,7 @@ Unaware: of messages, replies and request ids (control.py), and of sockets (serv
 """
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -42,6 +43,7 @@ from .witness import Witness
 
 SERVER = Ask("server")
 NAMED_MOST = 100        # processes of one agent that may not be signalled
+RETAIN_MOST = 20        # agents that are forgotten in one turn
 KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
 
 
@@ -112,9 +114,8 @@ class Supervisor:
 
     def check_memory(self) -> None:
         """Refuse what has to be remembered when nothing can be."""
-        if self.registry.trouble:
-            raise RequestError(f"the server cannot write its registry ({self.registry.trouble}); free some disk space",
-                               "unavailable")
+        if self.registry.trouble and not self.registry.commit():
+            raise self.registry.refusal()
 
     def spawn(self, config: AgentConfig, metadata: Json, ask: Ask) -> Agent:
         """Start an agent; raise `RequestError`, leaving no trace, when it cannot be started."""
@@ -134,7 +135,7 @@ class Supervisor:
         if len(agent.info_json()) > self.config.message_bytes * 9 // 10:
             raise RequestError("what is to be known of this agent would not fit into a reply; give it less metadata",
                                "message_too_large")
-        self.registry.add_agent(agent_id, agent.created_at, to_wire(config), agent.record())
+        self.registry.add_agent(agent, to_wire(config))
         try:
             self.attend(agent, self.starting.start(agent, launch, ask))
         except BaseException:
@@ -149,8 +150,24 @@ class Supervisor:
         """Take in the agents that the registry knows."""
         self.agents = {agent.id: agent for agent in agents}
         self._names = Names((agent.id, agent.name) for agent in self.agents.values())
+        for agent in self.agents.values():
+            self.registry.know(agent)
         ended = [agent for agent in self.agents.values() if agent.terminal]
-        self._finished = {agent.id: None for agent in sorted(ended, key=lambda agent: agent.finished_at or 0)}
+        last = self.registry.last_events()  # in the order of these, whatever the clock was set to
+        self._finished = {agent.id: None for agent in sorted(
+            ended, key=lambda agent: (last.get(agent.id, 0), agent.finished_at or 0))}
+
+    def admit(self, agent: Agent) -> None:
+        """Take in an agent that runs and that the registry does not know."""
+        self.agents[agent.id] = agent
+        self._names.add(agent.id, agent.name)
+        self.registry.add_agent(agent, {})
+
+    def found(self, agent: Agent) -> None:
+        """Tell that an agent is listed again."""
+        message = f"its record was lost; process {agent.pid} runs, and is listed again"
+        self._say(f"{agent.label()}: {message}")
+        self.feed.agent_event(agent.id, "error", agent.status, message, {"attempt": agent.attempt, "pid": agent.pid})
 
     def output(self, agent_id: str) -> OutputLog:
         """Return what is kept of an agent's output."""
@@ -213,12 +230,13 @@ class Supervisor:
 
     def save(self, agent: Agent) -> None:
         """Put the agent's record on disk with this turn."""
-        self.registry.save_agent(agent.id, agent.finished_at, agent.record())
+        self.registry.save_agent(agent)
 
     def restart(self, agent: Agent, ask: Ask, grace_secs: float | None) -> int:
         """Start a new attempt, after ending the one that runs; return its number."""
         if self.state != "up":
             raise RequestError("the server is shutting down and restarts nothing", "shutting_down")
+        self._asked(agent)
         if agent.alive:
             self.stop(agent, ask, grace_secs, want="restart")
             return agent.attempt + 1
@@ -241,7 +259,7 @@ class Supervisor:
     def start_again(self, agent: Agent, ask: Ask) -> None:
         """Start an attempt of an agent that is known; if it cannot be, the record says so, and `RequestError`."""
         try:
-            launch = self.starting.plan(read(AgentConfig, self.registry.spec(agent.id), "config"))
+            launch = self.starting.plan(self._asked(agent))
             agent.command, agent.stdin = launch.argv, launch.stdin
             agent.pty = launch.pty and (agent.pty or launch.pty)  # it keeps the size that somebody gave it
             self.save(agent)
@@ -251,6 +269,14 @@ class Supervisor:
                         exit_record("not_started", None, 0.0, None, message=str(e)), str(e))
             raise
         self.started(agent)
+
+    def _asked(self, agent: Agent) -> AgentConfig:
+        """Return what an agent was spawned with, or refuse what needs that when it was lost."""
+        spec = self.registry.spec(agent.id)
+        if not spec:
+            raise RequestError(f"what {agent.label()} was spawned with was lost with its record; spawn another one",
+                               "invalid_state")
+        return read(AgentConfig, spec, "config")
 
     def pause(self, agent: Agent, ask: Ask) -> None:
         """SIGSTOP the whole tree. What of it stood still before is on disk before the first signal."""
@@ -444,13 +470,14 @@ class Supervisor:
                     self._keeper.hold_pid(agent.id, agent.pid, agent.start)
 
     def retain(self) -> None:
-        """Forget the oldest finished agents past `history_agents` or `history_secs`."""
-        oldest_kept = time.time() - self.config.history_secs
-        while self._finished:
-            agent = self.agents[next(iter(self._finished))]
+        """Forget the oldest finished agents past `history_agents` or `history_secs`, some at once."""
+        oldest_kept = self.registry.age_time() - self.config.history_secs
+        for agent in [self.agents[agent_id] for agent_id in itertools.islice(self._finished, RETAIN_MOST)]:
             if len(self._finished) <= self.config.history_agents and (agent.finished_at or 0) >= oldest_kept:
                 return
             self._forget(agent)
+        if self._finished:
+            self.reactor.after(0, self.retain)
 
     def heartbeat(self) -> None:
         """Tell listeners who is there, and whose output has grown; also of the ended, where somebody asked for one."""

@@ -152,6 +152,30 @@ class TakeOver:
         self._left, self._boot, self._witness, self._keeper = left, boot, witness, keeper
         self._marked: dict[str, list[tree.Proc]] | None = None
 
+    @property
+    def marked(self) -> Mapping[str, list[tree.Proc]]:
+        """All that runs with the mark of an agent, by its id; ours or another server's."""
+        if self._marked is None:
+            self._marked = tree.marked()
+        return self._marked
+
+    @property
+    def held(self) -> Mapping[str, Mapping[str, int]]:
+        """What the keeper held and no agent has claimed yet."""
+        return self._left.fds
+
+    @property
+    def keeper_pid(self) -> int:
+        """The process that held it."""
+        return self._keeper.pid
+
+    def rest(self, agent_id: str) -> dict[str, int]:
+        """Return what was held of an agent of which nothing runs: its pipes or its terminal."""
+        held = self._left.fds.pop(agent_id, {})
+        for name in set(held) - set(NAMES):
+            os.close(held.pop(name))
+        return held
+
     def claim(self, agent: Agent) -> Found | None:
         """Return what there is of an agent to go on with, or None."""
         held = self._left.fds.pop(agent.id, None)
@@ -202,12 +226,11 @@ class TakeOver:
 
     def survivors(self, agent: Agent) -> list[tree.Proc]:
         """Return what runs with an agent's mark or identity, whoever is its parent now."""
-        if self._marked is None:
-            self._marked = tree.marked()
-        left = {proc.pid: proc for proc in self._marked.get(agent.id, [])}
+        left = {proc.pid: proc for proc in self.marked.get(agent.id, [])}
         leader = tree.look(agent.pid) if agent.pid and agent.boot == self._boot else None
         if leader is not None and leader.start == agent.start and leader.lives:
-            left[leader.pid] = leader
+            if tree.mark_of(leader.pid) in ("", agent.id):  # else the record of another agent was damaged
+                left[leader.pid] = leader
         return list(left.values())
 
     def unclaimed(self) -> list[str]:

@@ -63,6 +63,12 @@ def resize(master: int, rows: int, cols: int) -> None:
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
 
 
+def size_of(master: int) -> dict[str, int]:
+    """Return the size of a terminal: rows and cols."""
+    rows, cols, _, _ = struct.unpack("HHHH", fcntl.ioctl(master, termios.TIOCGWINSZ, bytes(8)))
+    return {"rows": rows or 24, "cols": cols or 80}
+
+
 def end_of_file(master: int, before: bytes) -> bytes:
     """Return what a person would type, after `before`, to end the input: the character VEOF of termios(3). In a line
     that has begun the first one only hands that over as it is, so that there it takes two."""

@@ -251,6 +251,12 @@ def command_of(pid: int) -> str:
     return line[:500].decode("utf-8", "replace")
 
 
+def arguments_of(pid: int, most: int) -> list[str]:
+    """Return the arguments of a process, cut to `most` bytes; none where it has none or has gone."""
+    line = _of(pid, "cmdline", most)
+    return [word.decode("utf-8", "replace") for word in line.rstrip(b"\0").split(b"\0")] if line else []
+
+
 def is_part(pid: int, keeper: int) -> bool:
     """Whether a child of the keeper looks like one of our own processes; until its exec such a one looks like the
     keeper."""
