@@ -7,6 +7,7 @@ Unaware: of which mistakes there really are.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -134,13 +135,36 @@ def test_each_mistake_is_named_as_what_it_is_and_told_once(loop: Loop) -> None:
 def test_a_mistake_about_one_connection_ends_that_one(flawed: Flawed) -> None:
     server = flawed("core/connection.py", "        self._role = hello.role\n",
                     "        self._role = {'': 'requests', 'requests': '', 'monitor': 'monitor'}[hello.role]\n")
-    before = descriptors(server)
+    before = 0
     for _ in range(5):
+        before = before or descriptors(server)
         with server.connect() as link:
             link.sendall(PREFACE + frame(0, b'{"role":"wrong"}', b""))
             assert link.recv(100) == b""
-    assert descriptors(server) == before
+    wait_until(lambda: descriptors(server) <= before + 1, what="all connections to be closed")
     assert server.logs().count("a connection failed") == 1
+
+
+@pytest.mark.parametrize("mistake", ["raise ValueError('a mistake')", "raise MemoryError"])
+@pytest.mark.parametrize("where", ["    reply = yield from self._once(cls, obj, peer)\n",
+                                   "self._tell_others(request_id, obj, reply)\n",
+                                   "return self._supervisor.standstill.hold(reply)\n"])
+def test_a_mistake_about_one_request_is_one_reply(flawed: Flawed, where: str, mistake: str) -> None:
+    """Also over the shell's connection, which many share: it is not cut."""
+    indent = 8 * " " + " " * (len(where) - len(where.lstrip()))
+    server = flawed("core/control.py", 8 * " " + where, f"{indent}if (obj or {{}}).get('request_id') == 'wrong':\n"
+                                                        f"{indent}    {mistake}\n{8 * ' '}{where}")
+    before, shell = 0, server.pids()["shell"]
+    wrong = json.dumps({"type": "list_agents_request", "request_id": "wrong"}).encode()
+    with LineWire(server.socket_path) as near, ZmqWire(server.endpoint) as far:
+        for wire in (near, far) * 3:
+            reply = wire.raw(wrong)
+            assert not reply["success"] and reply["error_code"] == "internal"
+            assert wire.ok("health_check_request")["healthy"]
+            before = before or descriptors(server)
+    assert server.pids()["shell"] == shell
+    wait_until(lambda: descriptors(server) <= before, what="all connections to be closed")
+    assert "a mistake" in server.logs() or "MemoryError" in server.logs()
 
 
 @pytest.mark.parametrize("part", ["self.supervisor.family.stale()", "self._feed.flush(self._durable)",

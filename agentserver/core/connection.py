@@ -254,6 +254,10 @@ class Connection:
             self._send(Deed(data) if isinstance(reply, Deed) else data)
             self._desk.dirty(self)
 
+    def mistake(self, error: Exception) -> None:
+        """Log what was wrong with us; whoever asked is told that something was."""
+        self._desk.reactor.mistake("a request", error)
+
     def handled(self, size: int) -> None:
         """One request, of so many bytes, is done; there may be room for others."""
         self._held -= size

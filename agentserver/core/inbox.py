@@ -13,11 +13,14 @@ from __future__ import annotations
 from collections import deque
 from typing import Deque, Generator, Protocol
 
+from ..wire import encode
 from .control import Peer, Steps
 from .pending import Pending
 from .scheduler import Scheduler, Task
 
 PROMISED_MOST = 8     # replies that are being made for one peer; until then no further request of it is handled
+FAILED = encode({"type": "error_response", "request_id": None, "success": False, "error_code": "internal",
+                 "error": "something failed inside the server; its core.log says what"})
 SECS_PER_BYTE = 2e-8  # about what a large request costs before it is known what it asks for
 
 
@@ -43,8 +46,8 @@ class Host(Protocol):
     def handled(self, size: int) -> None:
         """One request, of so many bytes, is done."""
 
-    def close(self) -> None:
-        """End the connection: a mistake of ours has left a request of it without a reply."""
+    def mistake(self, error: Exception) -> None:
+        """Log what was wrong with us."""
 
 
 class Inbox:
@@ -100,9 +103,9 @@ class Inbox:
                     yield
             except StopIteration as made:
                 self._reply(tag, made.value)
-            except Exception:
-                self._host.close()
-                raise
+            except Exception as e:
+                self._host.mistake(e)
+                self._host.answer(tag, FAILED)
             self._host.handled(size)
             if not self._ready:
                 return
