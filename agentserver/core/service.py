@@ -70,7 +70,6 @@ class Service:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
         self._say = say
-        process.raise_descriptor_limit()
         process.reserve()
         give_back()
         self.reactor = Reactor()
@@ -503,6 +502,7 @@ def main(sock: socket.socket) -> int:
     As a successor it first only shows that it could serve, and waits until the core before it has let go. That one goes
     on when it fails, or when the keeper dies meanwhile."""
     umask = os.umask(0o077)  # what we make is nobody else's business
+    process.raise_descriptor_limit()
     channel = Channel(sock)
     started = channel.next()
     config, keeper = ServerConfig.from_json(started["config"]), Keeper(channel, started["keeper_pid"])
