@@ -10,11 +10,13 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
-from support import Server, wait_until
+from support import DEADLINE_SECS, Server, assert_nothing_left, clean_environ, wait_until
 from test_survival import told
 from wire import LineWire, process_state
 
@@ -119,6 +121,30 @@ def traced(pid: int) -> Iterator[None]:
         yield
     finally:
         libc.ptrace(PTRACE_DETACH, pid, None, None)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_a_program_that_is_the_shell_is_only_spoken_of(state_dir: Path) -> None:
+    code = ("import agentserver as a; a.AgentServer(a.ServerConfig(endpoint='tcp://127.0.0.1:0', "
+            f"pub_endpoint='tcp://127.0.0.1:0', state_dir={str(state_dir)!r})).start()")
+    program = subprocess.Popen([sys.executable, "-c", code], env=clean_environ(state_dir))
+
+    def stands_still() -> str:
+        with LineWire(state_dir / "core.sock") as wire:
+            return str(wire.ok("health_check_request")["metadata"]["stands_still"])
+    try:
+        wait_until((state_dir / "core.sock").exists, what="the core")
+        with LineWire(state_dir / "core.sock") as wire:
+            wait_until(lambda: wire.ok("health_check_request")["metadata"]["endpoint"], what="the shell")
+        program.send_signal(signal.SIGSTOP)
+        assert f"process {program.pid}" in wait_until(stands_still, what="the core to see it")
+        program.send_signal(signal.SIGCONT)
+        wait_until(lambda: not stands_still(), what="the core to see that it goes on")
+        assert "runs again" in (state_dir / "core.log").read_text()
+    finally:
+        program.send_signal(signal.SIGINT)
+        program.wait(DEADLINE_SECS)
+    assert_nothing_left(str(state_dir))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper and ptrace(2)")

@@ -15,6 +15,8 @@ from ..wire import Json, encode
 from . import tree
 from .peers import Hello, Shell
 
+STOPS_TOLD = 3  # looks, with ASK_SECS of the keeper between them
+
 
 class Facts:
     """`started` is what the keeper told its core: config, started_at, generation; `keeper_pid` is who it is now."""
@@ -29,6 +31,7 @@ class Facts:
         self._json = b""
         self._reload_failed = ""
         self._parts: Json = dict(started.get("parts", {}))
+        self._stops, self._stopped = 0, ""  # how often a look has found the program stopped that is our shell
 
     def set_parts(self, told: Json) -> None:
         """Note what the keeper tells of the server's parts: which one stands still, which one it had to kill."""
@@ -46,6 +49,20 @@ class Facts:
         if shell is not None:
             self.listened = {"endpoint": shell.hello.endpoint, "pub_endpoint": shell.hello.pub_endpoint}
         self._json = b""
+
+    def look_at_shell(self) -> str | None:
+        """Look whether a shell that is part of somebody's own program runs: no keeper asks it. Return what there is to
+        say when that has changed: a sentence, or "" if it runs again; None if it has not."""
+        shell = self._shell
+        why = tree.hindered(shell.pid) if shell is not None and not shell.hello.keeper_pid else ""
+        self._stops = self._stops + 1 if why and shell is not None else 0
+        told = "" if shell is None or self._stops < STOPS_TOLD else (
+            f"the program that serves the network (process {shell.pid}) {why}")
+        if told == self._stopped:
+            return None
+        self._stopped = told
+        self._json = b""
+        return told
 
     def set_keeper(self, pid: int) -> None:
         """Note that another keeper has come."""
@@ -77,7 +94,7 @@ class Facts:
                 "pid": str(self._keeper_pid),
                 "shell_pid": str(self._shell_pid() or ""), "core_pid": str(os.getpid()),
                 "generation": str(self.generation), "reload_failed": self._reload_failed,
-                "stands_still": str(self._parts.get("stands_still", "")),
+                "stands_still": self._stopped or str(self._parts.get("stands_still", "")),
                 "last_killed": str(self._parts.get("last_killed", "")),
                 "state_dir": config.state_dir,
                 "status_update_interval_secs": f"{config.status_update_interval_secs:g}"}

@@ -222,6 +222,9 @@ class Service:
             self._yield()
         elif "ping" in word:
             self._keeper.channel.send({"pong": word["ping"]})
+            changed = self.facts.look_at_shell()
+            if changed is not None:
+                self._say(changed or "the program that serves the network runs again")
             if word["ping"] % RESTORE_PINGS == 0:
                 self._restore()
         elif "parts" in word:
