@@ -98,7 +98,8 @@ def test_single_and_many_keys() -> None:
 # ---------------------------------------------------------------- the state of a terminal
 
 EVERYTHING = (b"\x1b[?1049h\x1b[?1000;1002;1006h\x1b[?1004h\x1b[?2004h\x1b[?1h\x1b=\x1b[>1u\x1b[>4;2m\x1b[?25l"
-              b"\x1b[2 q\x1b[3;8r\x1b[?7l\x1b[4h\x1b(0\x1b[?2026h")
+              b"\x1b[2 q\x1b[3;8r\x1b[?7l\x1b[4h\x1b(0\x1b[?2026h\x1b[2;20h\x1b[12l\x1b[?12;45;2027h"
+              b"\x1b]8;id=1;http://box/a\x07")
 
 
 def after(*pieces: bytes) -> Modes:
@@ -135,7 +136,10 @@ def test_a_state_is_seen_however_the_bytes_are_cut() -> None:
     b"\x1b[?1049h\x1b[?1049l", b"\x1b[?1000h\x1b[?1000l\x1b[?25l\x1b[?25h", b"\x1b=\x1b>", b"\x1b[>1u\x1b[<u",
     b"\x1b[2 q\x1b[ q",
     b"\x1b[>4;2m\x1b[>4m", b"\x1b[>4;1m\x1b[>4;0m", b"\x1b[1;5r\x1b[r", b"\x1b(0\x1b(B", EVERYTHING + b"\x1bc",
-    b"\x1b]9;4;3\x07\x1b]9;4;0\x07", b"\x1b[31m\x1b[2J text \x1b]0;title\x07", b"\x1b]10;?\x07", b"\x1b[?12345h",
+    b"\x1b]9;4;3\x07\x1b]9;4;0\x07", b"\x1b]8;;http://box\x1b\\x\x1b]8;;\x1b\\",
+    b"\x1b]8;id=a;http://box\x07x\x1b]8;;\x07",
+    b"\x1b[20h\x1b[20l", b"\x1b[12l\x1b[12h", b"\x1b[?12;45;2027h\x1b[?2027;12;45l", b"\x1b[2h\x1b[2l",
+    b"\x1b[31m\x1b[2J text \x1b]0;title\x07", b"\x1b]10;?\x07", b"\x1b[?12345h",
     b"\x1b[?1007h"])
 def test_nothing_is_undone_where_nothing_is_left(data: bytes) -> None:
     assert after(data).undo() == b"\x1b[m\x1b[?25h"
@@ -156,6 +160,14 @@ def test_the_cursor_stays_where_it_is() -> None:
 def test_colours_and_the_progress_of_a_tab_are_taken_back() -> None:
     back = after(b"\x1b]11;#102030\x07\x1b]4;1;red\x1b\\\x1b]9;4;3\x07").undo()
     assert b"\x1b]111\x1b\\" in back and b"\x1b]104\x1b\\" in back and b"\x1b]9;4;0\x1b\\" in back
+
+
+def test_a_link_that_is_open_is_closed() -> None:
+    """What a shell prints after it would be a part of it."""
+    for pieces in ([b"\x1b]8;;http://box/" + b"long" * 100 + b"\x1b\\text"],
+                   [b"\x1b]8;", b";http://box\x1b", b"\\text"]):
+        assert b"\x1b]8;;\x1b\\" in after(*pieces).undo()
+    assert b"]8;;\x1b" not in after(b"\x1b]8;;http://box\x1b\\x\x1b]", b"8;", b";", b"\x1b\\").undo()
 
 
 def test_kitty_keys_of_each_screen_are_popped_on_it() -> None:

@@ -247,3 +247,43 @@ def test_no_time_at_all_is_a_look(edge: Edge) -> None:
     assert edge.run("wait", "--timeout", "0", "DONE").returncode == 0
     late = edge.run("wait", "--timeout", "0", "LIVE")
     assert late.returncode == 124 and "had not ended" in late.stderr
+
+
+# ---------------------------------------------------------------- locales
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def test_an_ascii_locale_changes_no_text(edge: Edge) -> None:
+    """What is typed reaches the server as it is meant, and what is shown is escaped where it cannot be shown."""
+    made = edge.run("run", "--name", "é", "--label", "k=ü", "--metadata", '{"a": "é"}', "--", "echo", "héllo→",
+                    environ=ASCII)
+    assert (made.returncode, made.stdout, made.stderr) == (0, "héllo→\n", "")
+    found = edge.run("ps", "--all", "--json", "--label", "k=ü")
+    assert '"name":"\\u00e9"' in found.stdout and "h\\u00e9llo" in found.stdout and "udc" not in found.stdout
+    for words, shown in ((["ps", "-a", "--label", "k=ü"], "\\xe9"), (["info", "é"], "h\\xe9llo"),
+                         (["why", "é"], "h\\xe9llo"), (["logs", "--grep", "é", "é"], "héllo→"),
+                         (["wait", "é"], "\\xe9: completed"), (["events"], "")):
+        done = edge.run(*words, environ=ASCII)
+        assert done.returncode == 0 and shown in done.stdout and not done.stderr, (words, done)
+    assert "\\xe9" in edge.run("info", "nobodyé", environ=ASCII).stderr
+    assert edge.run("rm", "é", environ=ASCII).returncode == 0
+
+
+def test_a_server_in_an_ascii_locale_serves_any_text(start_server: Any, run_dir: Path) -> None:
+    server = start_server(state_dir=run_dir / "sé", environ=ASCII)
+    (run_dir / "dé").mkdir()
+    for _generation in range(2):
+        reply = server.ask({"type": "spawn_request", "config": {
+            "command": ["sh", "-c", 'echo "é $K"; pwd'], "cwd": str(run_dir / "dé"), "environment": {"K": "ü"}}})
+        with LineWire(server.socket_path) as wire:
+            wire.until_output(reply["agent_info"]["id"], f"é ü\n{run_dir}/dé\n".encode())
+        assert subprocess.run([sys.executable, str(MAIN), "reload", "--server", f"unix:{server.state_dir}"],
+                              env=clean_environ(server.state_dir), timeout=DEADLINE_SECS).returncode == 0
+
+
+def test_a_path_that_the_locale_cannot_express_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "x.ini").write_text(f"[server]\nstate_dir = {tmp_path}/é\n", encoding="utf-8")
+    done = subprocess.run([sys.executable, str(MAIN), "serve", "--config", str(tmp_path / "x.ini")], text=True,
+                          env=clean_environ(tmp_path / "s", ASCII), capture_output=True, timeout=DEADLINE_SECS)
+    assert done.returncode != 0 and "UTF-8 locale" in done.stderr and done.stderr.count("\n") == 1

@@ -188,6 +188,8 @@ class Vt:
                 self._switch(on, number == 1049)
         elif prefix and number in (7, 25):
             (self.modes.discard if on else self.modes.add)(f"{number} off")
+        elif not prefix and number == 12:
+            (self.modes.discard if on else self.modes.add)("12 off")
         else:
             (self.modes.add if on else self.modes.discard)(f"{prefix}{number}")
 

@@ -129,10 +129,13 @@ def _done(result: Json, given: Namespace) -> str:
     if "agent_info" in result:
         return agents.status(AgentInfo.of(result["agent_info"]))
     data = result.get("data") or {}
-    done = {"restart": f"restarting, attempt {data.get('attempt', '?')}",
-            "signal": f"sent {data.get('signal_sent') or given.signal}"}.get(given.subcommand)
+    done = _DONE.get(given.subcommand)
+    if given.subcommand == "restart":
+        done = f"restarting, attempt {data.get('attempt', '?')}"
+    elif given.subcommand == "signal":
+        done = f"sent {data.get('signal_sent') or given.signal}"
     denied = data.get("not_permitted")
-    return (done or _DONE[given.subcommand]) + (
+    return str(done) + (
         f", but not to {', '.join(map(str, denied))}: the server is not permitted to signal that" if denied else "")
 
 

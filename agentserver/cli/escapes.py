@@ -11,11 +11,13 @@ from __future__ import annotations
 import re
 from typing import Dict, List, Match
 
-#: modes of a terminal that is left alone: `?` for the private ones of DEC and xterm. Others are nobody's business of
-#: ours: what they were before is not known (1007, 1034, 2027 …), or they last only for a moment
-OFF = tuple(map(str.encode, ("4", "?1", "?3", "?5", "?6", "?9", "?66", "?69", "?1000", "?1001", "?1002", "?1003",
-                             "?1004", "?1005", "?1006", "?1015", "?1016", "?2004", "?2026", "?2031", "?2048")))
-ON = (b"?7", b"?25")
+#: modes of a terminal that is left alone: `?` for the private ones of DEC and xterm. 2 locks the keyboard, 12 keeps the
+#: terminal from showing what is typed, 20 has Return send two characters. Others are nobody's business of ours: what
+#: they were before is not known (1007, 1034 …), or they last only for a moment
+OFF = tuple(map(str.encode, ("2", "4", "20", "?1", "?3", "?5", "?6", "?9", "?12", "?45", "?66", "?69", "?1000",
+                             "?1001", "?1002", "?1003", "?1004", "?1005", "?1006", "?1015", "?1016", "?2004", "?2026",
+                             "?2027", "?2031", "?2048")))
+ON = (b"12", b"?7", b"?25")
 ALTERNATE = (b"?47", b"?1047", b"?1049")
 _KNOWN = frozenset((*OFF, *ON, *ALTERNATE))
 _OF_XTERM = frozenset((*ALTERNATE, *OFF[OFF.index(b"?1000"):]))
@@ -25,14 +27,14 @@ _HOMING = (b"?6", b"?69", b"?3")  # these move the cursor
 _STATE = re.compile(
     rb"\x1b(?:\[(?P<modes>\??[0-9;]+)(?P<set>[hl])|(?P<escape>[=>c])|\[(?P<soft>!)p|\[(?P<region>[0-9;]*)r"
     rb"|\[(?P<kitty>[<>=])(?P<flags>[0-9;]*)u|\[>4(?P<keys>;[0-9]+)?(?P<final>[mn])|\[(?P<shape>[0-9]*) q"
-    rb"|\((?P<charset>[0-9A-Z<=>])|\](?P<colour>1[0-9]|4|9);(?P<value>[^\x07\x1b]*))")
+    rb"|\((?P<charset>[0-9A-Z<=>])|\](?P<colour>1[0-9]|4|8|9);(?P<value>[^\x07\x1b]*))")
 #: ends a sequence or a string that was cut off; to tmux CAN is a part of some strings
 CANCEL = b"\x18\x1b\\"
 _LONGEST_START = 64     # bytes of a sequence whose end has not come, that are kept for later
 _MOST_PUSHED = 99       # on the stack of the kitty keyboard protocol; terminals have fewer
 
 #: where a sequence is taken back
-_BACK = {"keypad": b"\x1b>", "shape": b"\x1b[0 q", "keys": b"\x1b[>4m", "charset": b"\x1b(B",
+_BACK = {"keypad": b"\x1b>", "shape": b"\x1b[0 q", "keys": b"\x1b[>4m", "charset": b"\x1b(B", "link": b"\x1b]8;;\x1b\\",
          "progress": b"\x1b]9;4;0\x1b\\", "colour 4": b"\x1b]104\x1b\\",
          **{f"colour {n}": b"\x1b]1%d\x1b\\" % n for n in range(10, 20)}}
 
@@ -66,7 +68,7 @@ class Modes:
         for match in _STATE.finditer(data):
             self._note(match)
         begun = data.rfind(b"\x1b", -_LONGEST_START)
-        unfinished = begun >= 0 and not _STATE.match(data, begun) and not _SEQUENCE.match(data, begun)
+        unfinished = begun >= 0 and not _SEQUENCE.match(data, begun)
         self._start = data[begun:] if unfinished else b""
 
     def _note(self, match: Match[bytes]) -> None:
@@ -116,6 +118,9 @@ class Modes:
 
     def _note_colour(self, match: Match[bytes]) -> None:
         code, value = match["colour"].decode(), match["value"]
+        if code == "8":  # OSC 8 ; parameters ; address: without an address it ends
+            self._keep("link", match, not value.endswith(b";"))
+            return
         if code == "9":
             if value.startswith(b"4;"):
                 self._keep("progress", match, not value.startswith(b"4;0"))
@@ -125,7 +130,7 @@ class Modes:
     def _keep(self, name: str, match: Match[bytes], kept: bool) -> None:
         self._others.pop(name, None)
         if kept:
-            self._others[name] = match[0] + (b"\x1b\\" if name == "progress" else b"")
+            self._others[name] = match[0] + (b"\x1b\\" if name in ("progress", "link") else b"")
 
     # ------------------------------------------------------------ as sequences
 

@@ -79,6 +79,9 @@ def explain(error: BaseException) -> int:
         if error.fd:
             streams.forget(error.fd)
         complain(error.code, str(error))
+    elif isinstance(error, UnicodeEncodeError):
+        complain("usage", f"{error.object!r} cannot be given to the system in the locale's encoding "
+                 f"({error.encoding}); use a UTF-8 locale, such as LC_ALL=C.UTF-8")
     elif isinstance(error, OSError):
         what = error.strerror or str(error)
         complain("internal", f"{error.filename}: {what}" if error.filename else what)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from typing import Any, NoReturn, Sequence
 
@@ -35,6 +36,8 @@ SIGNALLED = "SIG (AGENT … | --label K=V | --all)"
 SENT = "AGENT [TEXT … | -]"
 FILE = "(FILE | -)"
 
+#: what is given to this system as it is, not sent to a server
+_PATHS = frozenset(("state_dir", "config", "output", "file", "server", "cwd", "text", "shape"))
 _LIKE_A_FLAG = re.compile(r"-(?![0-9]+$|[0-9]*\.[0-9]+$)[^ ]+$")
 
 
@@ -65,6 +68,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("a command is missing")
     _settle(given, left, list(argv[at + 1:]))
     given.begun = time.monotonic()
+    if sys.getfilesystemencoding() != "utf-8":
+        for name in set(vars(given)) - _PATHS if given.subcommand != "serve" else ():
+            setattr(given, name, values.as_utf8(getattr(given, name)))
     return given
 
 

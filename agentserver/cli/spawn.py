@@ -10,7 +10,8 @@ import os
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, Callable
 
-from . import connect, out, show
+from ..paths import expanded
+from . import connect, out, show, values
 from .exits import UsageError
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def _my_terminal() -> dict[str, Any]:
 def _directory(given: str | None, local: bool) -> str | None:
     """Return where the agent is to run: a local server is told an absolute path, a remote one what was typed."""
     if not local:
-        return given
+        return given and values.as_utf8(given)
     try:
-        return os.path.abspath(given or ".")
+        return values.as_utf8(os.path.abspath(expanded(given or ".")))  # type: ignore[no-any-return]
     except FileNotFoundError:
         raise UsageError("the current directory does not exist any more; name another with --cwd") from None
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..core.lifecycle import STATUSES
 
-__all__ = ["STATUSES", "add_settings", "count", "factor", "json_object", "moment", "pair", "seconds", "terminal_size",
-           "variable"]
+__all__ = ["STATUSES", "add_settings", "as_utf8", "count", "factor", "json_object", "moment", "pair", "seconds",
+           "terminal_size", "variable"]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -94,6 +94,15 @@ def variable(text: str) -> tuple[str, str]:
             raise ArgumentTypeError(f"{name} is not set here; give it a value: {name}=…")
         value = found
     return name, value
+
+
+def as_utf8(value: Any) -> Any:
+    """Return text of the command line as it is meant where the locale has another encoding: as UTF-8, if it is that."""
+    if isinstance(value, str):
+        return os.fsencode(value).decode("utf-8", "surrogateescape")
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(as_utf8, value))
+    return value
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -53,9 +53,10 @@ def home() -> str:
 
 
 def program() -> list[str]:
-    """Return the argv that starts this very package."""
+    """Return the argv that starts this very package. Whatever the locale is, its processes take text from the protocol
+    to the system as UTF-8."""
     where = home()
-    return [sys.executable, os.path.join(where, "__main__.py") if os.path.isdir(where) else where]
+    return [sys.executable, "-X", "utf8", os.path.join(where, "__main__.py") if os.path.isdir(where) else where]
 
 
 def start(argv: Sequence[str], descriptors: Mapping[int, int], session: bool = True,
