@@ -173,6 +173,9 @@ def os_text(most: int = MAX_MESSAGE, least: int = 0) -> Check:
     return check
 
 
+_os_text = os_text()
+
+
 def whole(least: int = 0, most: int = MAX_INT) -> Check:
     """A whole number within bounds."""
     def check(value: Any, where: str) -> int:
@@ -260,10 +263,10 @@ def environment(value: Any, where: str) -> dict[str, str]:
         if "=" in name:
             raise RequestError(f"{where} has a name with '=' in it, after {name.partition('=')[0][:60]!r}; give the "
                                "value apart from its name")
-        os_text()(name, f"a name in {where}")
+        _os_text(name, f"a name in {where}")
         if not isinstance(item, str):
             raise RequestError(f"{where}.{name} must be text")
-        os_text()(item, f"{where}.{name}")
+        _os_text(item, f"{where}.{name}")
     return dict(value)
 
 

@@ -28,9 +28,11 @@ from spawning import Spawn
 from surviving import Many
 from table import HEADS, Benchmark, Result, lines, measure, text
 from telling import Exit, Lines
+from waiting import Waiting
 
 BENCHMARKS: Tuple[Type[Benchmark], ...] = (Requests, Flood, Status, Spawn, Exit, Lines, Keys, Follow, Torrent,
-                                           Crowd, Dead, Replay, Capture, Launch, Malformed, Killed, Many, Footprint)
+                                           Crowd, Dead, Replay, Capture, Launch, Malformed, Killed, Many, Waiting,
+                                           Footprint)
 
 
 def arguments() -> argparse.Namespace:

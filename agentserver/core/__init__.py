@@ -34,6 +34,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     patience    requests that wait while another process locks the registry
     feed        what is told to whoever listens
     pushing     output on its way to who listens
+    reading     a piece of output as a reply tells it
     names       which agents a name or the beginning of an id can mean
     agent       the record of one agent
     stdin       what goes to an agent's stdin: accepted once, written once

@@ -16,7 +16,7 @@ from typing import Any, Callable, Generator, NamedTuple, Sequence
 from ..errors import RequestError
 from ..wire import Json, encode_text
 from .agent import Agent
-from .commands import EFFECTS, Commands
+from .commands import EFFECTS, Commands, Encoded
 from .registry import Ask, Registry
 from .scheduler import Pace
 from .standstill import Standstill
@@ -147,11 +147,12 @@ class _Success:
     """Write the items of a batch that went well. The data of neighbours is mostly equal and encoded once."""
 
     def __init__(self) -> None:
-        self._data: Json = {}
+        self._data: Json | Encoded = {}
         self._text = "{}"
 
-    def text(self, agent: Agent, data: Json) -> str:
+    def text(self, agent: Agent, data: Json | Encoded) -> str:
         if data != self._data:
-            self._data, self._text = data, encode_text(data)
+            self._data = data
+            self._text = data.json.decode("ascii") if isinstance(data, Encoded) else encode_text(data)
         return (f'{{"agent_id":"{agent.id}","success":true,"status":"{agent.status}","error":null,"error_code":null,'
                 f'"data":{self._text}}}')

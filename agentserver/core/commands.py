@@ -7,16 +7,16 @@ Unaware: of requests, replies and request ids; the same command runs alone and i
 from __future__ import annotations
 
 import base64
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from .. import messages as m
 from ..errors import RequestError
-from ..wire import Json, encode_text, from_rfc3339, read, rfc3339, wire_text
+from ..wire import Json, from_rfc3339, read
 from . import process, tree
 from .agent import Agent
 from .facts import Facts
 from .feed import Subscriber
-from .pushing import whole_characters
+from .reading import told
 from .registry import Ask
 from .run import STREAMS
 from .supervisor import Supervisor
@@ -26,7 +26,13 @@ EFFECTS = frozenset(("pause", "resume", "stop", "kill", "restart", "write_stdin"
                      "remove"))
 
 
-TIMES_MOST = 4096  # pairs in one reply; beyond it neighbours share a time
+REPLY_BYTES = 4096  # of a reply, beside the data of its command
+
+
+class Encoded(NamedTuple):
+    """What a command gives back, as JSON already."""
+
+    json: bytes
 
 
 class Commands:
@@ -34,7 +40,7 @@ class Commands:
 
     def __init__(self, supervisor: Supervisor, facts: Facts) -> None:
         self._supervisor, self._facts = supervisor, facts
-        self._table: dict[str, Callable[[Agent, Any, Ask], Json]] = {
+        self._table: dict[str, Callable[[Agent, Any, Ask], Json | Encoded]] = {
             "pause": self._pause, "resume": self._resume, "stop": self._stop, "kill": self._kill,
             "restart": self._restart, "get_status": self._get_status, "inspect": self._inspect,
             "write_stdin": self._write_stdin, "close_stdin": self._close_stdin,
@@ -52,11 +58,11 @@ class Commands:
                                "unknown_command")
         return read(cls, payload, "payload")
 
-    def run(self, agent: Agent, command: str, payload: Json, ask: Ask) -> Json:
+    def run(self, agent: Agent, command: str, payload: Json, ask: Ask) -> Json | Encoded:
         """Run one command on one agent and return its data."""
         return self.do(agent, command, self.check(command, payload), ask)
 
-    def do(self, agent: Agent, command: str, checked: Any, ask: Ask) -> Json:
+    def do(self, agent: Agent, command: str, checked: Any, ask: Ask) -> Json | Encoded:
         """Run one command whose payload was checked."""
         return self._table[command](agent, checked, ask)
 
@@ -153,39 +159,16 @@ class Commands:
         agent.run.stdin.close()
         return {"closed": True}
 
-    def _read(self, agent: Agent, payload: m.ReadPayload, stream: str) -> Json:
+    def _read(self, agent: Agent, payload: m.ReadPayload, stream: str) -> Encoded:
         offset = payload.offset
         if payload.since is not None:
             offset = agent.output.offset_at(stream, from_rfc3339(payload.since, "since"))
-        got = agent.output.read(stream, agent.cursors.get(stream, 0) if offset is None else offset, payload.max_bytes)
         over = agent.run is None or not agent.run.is_open(stream)
-        data, end = got.data, agent.output.span(stream)[1]
-        if not (over and got.next_offset == end):
-            data = data[:whole_characters(data)]
-        data = self._fitting(data)
-        next_offset = got.offset + len(data)
+        read = told(agent.output, stream, agent.cursors.get(stream, 0) if offset is None else offset, payload.max_bytes,
+                    over, payload.times, self._supervisor.config.message_bytes - REPLY_BYTES)
         if offset is None:
-            agent.cursors[stream] = next_offset
-        text, encoding = wire_text(data)
-        reply: Json = {"data": text if data else None, "encoding": encoding, "bytes": len(data), "offset": got.offset,
-                       "next_offset": next_offset, "first_offset": got.first_offset, "dropped": got.dropped,
-                       "eof": over and next_offset >= end}
-        if got.dropped:
-            reply["dropped_reason"] = agent.output.why_dropped(stream, got)
-        if not data:
-            reply["message"] = "the stream has ended" if reply["eof"] else "nothing new"
-        if payload.times:
-            times = agent.output.times(stream, got.offset, next_offset)
-            step = 1 + len(times) // TIMES_MOST  # the last of each step: it says when all before it was there
-            reply["times"] = [[rfc3339(at), stop] for at, stop in times[::-1][::step][::-1]]
-        return reply
-
-    def _fitting(self, data: bytes) -> bytes:
-        """Return of `data` what fits into one reply: control characters grow sixfold in JSON."""
-        most = self._supervisor.config.message_bytes // 8
-        if len(data) <= most or len(encode_text(wire_text(data)[0])) <= 6 * most:
-            return data
-        return data[:whole_characters(data[:most])]
+            agent.cursors[stream] = read.next_offset
+        return Encoded(read.json)
 
     def _standing(self, agent: Agent, stream: str) -> int:
         return self._supervisor.pushing.shown(agent.id, stream, agent.output)

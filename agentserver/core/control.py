@@ -18,7 +18,7 @@ from ..errors import AgentServerError, RequestError
 from ..wire import MAX_INT, MAX_VALUES, Json, canonical, decode, encode, encode_text, glimpse, read, too_many
 from . import lifecycle
 from .batch import Batch, Work
-from .commands import EFFECTS, Commands
+from .commands import EFFECTS, Commands, Encoded
 from .facts import Facts
 from .feed import Subscriber
 from .patience import Patience
@@ -30,7 +30,6 @@ from .scheduler import Pace
 from .supervisor import Supervisor
 
 HEAD_BYTES = 1024  # of a reply, beside its list
-LARGE_BYTES = 64 * 1024  # a longer message is read in one step, and done in others
 EVENTS_AT_ONCE = 200     # read from the registry in one step
 QUERY = "query_output"  # the one command whose reply comes later
 
@@ -93,6 +92,7 @@ class Control:
         """Make the reply to one message, or a promise of it, in steps; `None` stands for a message that was too long to
         be kept. `again`: it was read before, and had to wait."""
         reply_type, request_id, obj, size = "error_response", None, again, 0
+        pace = Pace(self._clock)
         try:
             if again is None:
                 self._count("requests")
@@ -107,9 +107,10 @@ class Control:
             if cls is None:
                 raise _unknown_type(obj)
             m.read_request_id(obj)
-            if size > LARGE_BYTES:
+            if pace.over():
                 yield False
-            reply = yield from self._once(cls, obj, peer)
+                pace.begin()
+            reply = yield from self._once(cls, obj, peer, pace)
             if isinstance(reply, Pending):
                 return reply
         except AgentServerError as e:
@@ -171,14 +172,19 @@ class Control:
         if obj is not None and obj.get("type") == "spawn_request":
             self._count("failed_spawns")
 
-    def _once(self, cls: Any, obj: Json, peer: Peer) -> Steps:
+    def _once(self, cls: Any, obj: Json, peer: Peer, pace: Pace) -> Steps:
         """Do what is asked, or repeat the reply if it was done."""
         request = read(cls, obj)
+        if pace.over():
+            yield False
+            pace.begin()
         if _asks_for_lines(request):
             return self._query(request, obj["request_id"], peer.name)
         if not _has_effect(request):
             return (yield from self._do(request, Ask(peer.name, obj["request_id"]), peer))[0]
         ask = Ask(peer.name, obj["request_id"], hashlib.sha256(canonical(obj)).digest())
+        if pace.over():
+            yield False
         doing = self._doing.get(ask.request_id)
         if doing is not None:
             return self._join(doing, ask)
@@ -265,10 +271,14 @@ class Control:
         head = {"type": request.reply, "request_id": ask.request_id, "success": True, "total": total}
         return Done(_with_list(head, "agents", listed))
 
-    def _command(self, request: m.ControlCommand, ask: Ask, peer: Peer) -> Json:
+    def _command(self, request: m.ControlCommand, ask: Ask, peer: Peer) -> Result:
         self._count("control_commands")
         agent = self._supervisor.find(request.agent_id)
         data = self._commands.run(agent, request.command_type, request.payload, ask)
+        if isinstance(data, Encoded):
+            head = {"type": request.reply, "request_id": ask.request_id, "success": True, "agent_id": agent.id,
+                    "status": agent.status}
+            return Done(b'%s,"data":%s}' % (encode(head)[:-1], data.json))
         return {"agent_id": agent.id, "status": agent.status, "data": data}
 
     def _custom_action(self, request: m.CustomActionRequest, ask: Ask, peer: Peer) -> Json:
