@@ -85,3 +85,11 @@ def test_links_in_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text("utf-8")):
             if not re.match(r"[a-z]+:", target):
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_tests_that_documents_name_exist() -> None:
+    named = [name for page in sorted((ROOT / "docs").glob("*.md"))
+             for name in re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", page.read_text("utf-8"))]
+    wrong = [f"{file} {test}" for file, test in named if not (ROOT / "tests" / file).is_file()
+             or (test and f"def {test}(" not in (ROOT / "tests" / file).read_text("utf-8"))]
+    assert named and not wrong
