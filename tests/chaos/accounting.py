@@ -65,6 +65,7 @@ class Ledger:
         self.truth, self._say = truth, say
         self.lock = threading.RLock()
         self.entries: Dict[str, Entry] = {}
+        self.others: Dict[str, Entry] = {}  # agents whose output and ends population.py compares
         self.losses: List[str] = []
         self.counts: Dict[str, int] = {}
         self.disk: List[List[float]] = []  # when the disk was full: from, to
@@ -259,7 +260,7 @@ class Ledger:
         for event in events:
             if event.get("agent_id"):
                 by_agent.setdefault(event["agent_id"], []).append(event)
-        known = {entry.id: entry for entry in self.entries.values() if entry.id}
+        known = {entry.id: entry for entry in (*self.entries.values(), *self.others.values()) if entry.id}
         for agent_id in set(by_agent) - set(known):
             self.loss("doubled", f"spawn: agent {agent_id} was asked for by nobody: {by_agent[agent_id]}")
         for agent_id, entry in known.items():
@@ -304,7 +305,7 @@ class Ledger:
             ids.setdefault((info.get("metadata") or {}).get("key", "?"), []).append(info["id"])
             if info["status"] not in ENDS:
                 self.loss("lost status", f"{info['id']} is {info['status']} though all have ended")
-        for entry in self.entries.values():
+        for entry in (*self.entries.values(), *self.others.values()):
             expected = [] if entry.removed or not entry.id else [entry.id]
             if ids.pop(entry.key, []) != expected:
                 self.loss("missing", f"spawn {entry.request_id} of {entry.key}: listed wrongly, expected {expected}")

@@ -24,7 +24,9 @@ from support import MARK, Server
 #: fault -> how often it comes, against the others
 FAULTS = {"kill core": 10, "kill shell": 6, "kill both": 3, "kill core in take-over": 5, "stop core": 4,
           "stop shell": 2, "stop core, then kill it": 2, "stop keeper, kill core": 2, "cut connections": 6,
-          "fill disk": 2, "reload": 4, "kill keeper": 3}
+          "fill disk": 2, "reload": 4, "kill keeper": 3, "hang core": 0.7, "hang shell": 0.7, "suspend": 0.7,
+          "delete registry": 1}
+HANG_SECS = 40.0  # a part that stands still is replaced well within this
 PART_OF = {"keeper": b"serve", "core": b"_core", "shell": b"_shell"}
 
 
@@ -43,6 +45,10 @@ class Part:
         except ProcessLookupError:
             return False
         return True
+
+    def lives(self) -> bool:
+        """Whether it is still there and still what it was."""
+        return _is(self.pid, self._name, self._state_dir)
 
     def close(self) -> None:
         """Let go of it."""
@@ -194,6 +200,53 @@ class Hand(threading.Thread):
 
     def _stop_shell(self) -> bool:
         return self.signal("shell", signal.SIGSTOP, signal.SIGCONT, pause=self._dice.random() * 1.5)
+
+    def _hang_core(self) -> bool:
+        return self._hang("core")
+
+    def _hang_shell(self) -> bool:
+        return self._hang("shell")
+
+    def _hang(self, name: str) -> bool:
+        """Stop a part and never continue it: the keeper has to see that, and to replace it."""
+        part = self.part(name)
+        if part is None or not part.send(signal.SIGSTOP):
+            return False
+        until = time.monotonic() + HANG_SECS
+        while part.lives() and time.monotonic() < until:
+            time.sleep(0.01)
+        if part.send(signal.SIGCONT):
+            self._ledger.loss("no answer", f"a {name} that was stopped for {HANG_SECS:g} s was not replaced")
+        part.close()
+        return True
+
+    def _suspend(self) -> bool:
+        """Stop all parts, as Ctrl-Z does; afterwards each goes on, however long it was: none of them has hung."""
+        parts = [part for part in map(self.part, PART_OF) if part is not None]
+        for part in parts:
+            part.send(signal.SIGSTOP)
+        time.sleep(self._dice.choice((1.0, 13.0)))
+        for part in parts:
+            part.send(signal.SIGCONT)
+        time.sleep(1.0)  # for a keeper that draws the wrong conclusion
+        for part in parts:
+            if not part.lives():
+                self._ledger.loss("wrong", f"pid {part.pid}, one of {list(PART_OF)}, was replaced after all parts were "
+                                           "suspended together")
+            part.close()
+        return len(parts) == len(PART_OF)
+
+    def _delete_registry(self) -> bool:
+        """Take the registry's files away under a core that lives: it has to notice, and to write them anew."""
+        path = self.state_dir / "registry.db"
+        for suffix in ("", "-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        until = time.monotonic() + HANG_SECS
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        if not path.exists():
+            self._ledger.loss("missing", "the registry was deleted and not written anew")
+        return True
 
     def _stop_core_then_kill_it(self) -> bool:
         return self.signal("core", signal.SIGSTOP, signal.SIGKILL, pause=self._dice.random())

@@ -28,13 +28,15 @@ from accounting import Ledger  # noqa: E402
 from cables import Cables  # noqa: E402
 from clients import Client, EventFollower  # noqa: E402
 from closing import finish, quiet, settle, summary  # noqa: E402
+from damage import damage  # noqa: E402
 from hand import FAULTS, Hand  # noqa: E402
 from kills import kills  # noqa: E402
 from lives import lives  # noqa: E402
+from population import Population  # noqa: E402
 
 CLIENTS, LIVE_EACH = 5, 7
 DISK_MIB = 192
-FLAGS = ["--max-agents", "300", "--status-update-interval-secs", "1", "--events-kept", "10000000",
+FLAGS = ["--max-agents", "2000", "--status-update-interval-secs", "1", "--events-kept", "10000000",
          "--history-agents", "100000"]
 
 
@@ -54,6 +56,8 @@ def settings() -> argparse.Namespace:
     parser.add_argument("--faults", default=os.environ.get("CHAOS_FAULTS", ""), help="only these, comma between")
     parser.add_argument("--without", default=os.environ.get("CHAOS_WITHOUT", ""), help="all but these")
     parser.add_argument("--pace", type=float, default=0.5, help="mean seconds between two faults")
+    parser.add_argument("--population", type=int, default=1000, help="quiet agents that live through the whole run")
+    parser.add_argument("--no-damage", dest="damage", action="store_false", help="leave the registry whole at the end")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--lives", type=int, default=0)
     parser.add_argument("--keep", action="store_true", help="keep the state directory of a run that lost something")
@@ -102,6 +106,7 @@ def chaos(args: argparse.Namespace, where: Path) -> int:
     followers = [EventFollower("unix", lambda: addresses[0], ledger),
                  EventFollower("tcp", lambda: hand.endpoint, ledger)]
     try:
+        population = Population(addresses[0], args.population, ledger)
         for thread in (*clients, *followers):
             thread.start()
         time.sleep(1)
@@ -110,8 +115,11 @@ def chaos(args: argparse.Namespace, where: Path) -> int:
         hand.end()
         say("no more faults; waiting for the end of what was begun")
         quiet(clients, ledger)
+        population.end()
         events = settle(hand, ledger, followers)
         ledger.check_events(events, {f.name: list(f.seen)[:len(events)] for f in followers})
+        if args.damage:
+            damage(hand, ledger, random.Random(f"{args.seed} damage"), say)
     finally:
         finish(hand, cables, ledger)
     return summary(args, hand, ledger)
