@@ -25,7 +25,8 @@ CHAOS = [sys.executable, str(TESTS / "chaos" / "run.py"), "--quiet"]
 def test_nothing_is_lost_under_a_hand_that_does_harm() -> None:
     seed = os.environ.get("CHAOS_SEED") or str(random.randrange(10 ** 6))
     done = subprocess.run([*CHAOS, "--secs", SECS, "--seed", seed, "--population", "60",
-                           "--without", "hang core,hang shell,suspend"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           "--without", "hang core,hang shell,suspend"], stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT,
                           timeout=280, text=True)
     print(done.stdout)  # pytest shows it when this fails
     assert done.returncode == 0, f"something was lost; again with CHAOS_SEED={seed}"
