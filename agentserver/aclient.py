@@ -18,7 +18,7 @@ from .address import default_address, route_of, with_pyzmq, zmq_endpoint
 from .calls import Calls, Json, Ref, Refs
 from .client import Output
 from .core.alink import AsyncLineLink, AsyncLink, within
-from .errors import RequestTimeout
+from .errors import RequestError, RequestTimeout
 from .follow import Since
 from .lines import LONGEST_LINE
 from .results import AgentInfo, BatchOutcome, Chunk, EventsPage, ExitRecord, FoundLines, Health, LastLines, ServerStats
@@ -51,6 +51,7 @@ class AsyncAgentClient:
         self._link = open_async_link(self.address)
         self._calls = Calls(self.address, timeout, retry_secs, self._link.attempt_secs, deadline)
         self._turns = _Turns(AT_ONCE)
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
 
     async def __aenter__(self) -> AsyncAgentClient:
         return self
@@ -60,6 +61,7 @@ class AsyncAgentClient:
 
     async def close(self) -> None:
         """Let go of all connections; a later request opens them again."""
+        self._at_home()
         self._link.close()
         await self._link.gone()
 
@@ -78,8 +80,20 @@ class AsyncAgentClient:
 
     # ------------------------------------------------------------ conversations
 
+    def _at_home(self) -> None:
+        """See that this is the event loop that the client belongs to; after the end of one it may have another."""
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            return
+        if self._loop is not None:
+            if not self._loop.is_closed():
+                raise RequestError("this AsyncAgentClient belongs to another event loop; make one for each loop")
+            self._link, self._turns = open_async_link(self.address), _Turns(AT_ONCE)
+        self._loop = loop
+
     async def _run(self, talk: Talk[T]) -> T:
         """Have a conversation and return what it returns."""
+        self._at_home()
         talk = self._calls.bounded(talk)
         driver = _Driver(self)
         try:
@@ -94,6 +108,7 @@ class AsyncAgentClient:
 
     async def _iterate(self, talk: Talk[None]) -> AsyncIterator[Any]:
         """Have a conversation and yield its items."""
+        self._at_home()
         talk = self._calls.bounded(talk)
         driver = _Driver(self)
         try:

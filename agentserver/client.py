@@ -15,6 +15,7 @@ from . import lines
 from .address import default_address, route_of, with_pyzmq, zmq_endpoint
 from .calls import Calls, Json, Ref, Refs
 from .core.link import LineLink, Link
+from .errors import RequestError
 from .follow import Since
 from .lines import LONGEST_LINE
 from .results import (
@@ -61,6 +62,7 @@ class AgentClient:
                  deadline: Optional[float] = None) -> None:
         self.address = address or default_address(os.environ)
         self._link = open_link(self.address)
+        self._turn: List[None] = [None]   # taken by whoever does a step; taking from a list is atomic
         self._calls = Calls(self.address, timeout, retry_secs, self._link.attempt_secs, deadline)
 
     def __enter__(self) -> AgentClient:
@@ -325,12 +327,22 @@ class _Driver:
             self._ear.close()
 
     def go_on(self, talk: Talk[Any], step: Step) -> Union[Step, Over]:
-        """Do a step, and go on with what came of it."""
+        """Do a step, and go on with what came of it; refuse to where another thread is just doing one."""
+        turn = self._client._turn
+        try:
+            turn.pop()
+        except IndexError:
+            raise RequestError("this AgentClient is being used by another thread, or by what a signal has interrupted; "
+                               "make one for each thread") from None
         try:
             answer = self._do(step)
         except Exception as e:
-            return resume(talk, error=e)
-        return resume(talk, answer)
+            error: Optional[Exception] = e
+        else:
+            error = None
+        finally:
+            turn.append(None)
+        return resume(talk, answer) if error is None else resume(talk, error=error)
 
     def _do(self, step: Step) -> Any:
         if isinstance(step, Ask):

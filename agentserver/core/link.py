@@ -246,12 +246,14 @@ class _Trunk:
         self.audience = Audience()
         self.users: WeakSet[LineLink] = WeakSet()   # one that was forgotten uses nothing
         self._lines: Optional[_Lines] = None
+        self._pid = 0
 
     def ask(self, raw: bytes, timeout: float) -> bytes:
         """Return the line that answers a line. After any failure the next call connects anew."""
-        lines = self._lines
+        lines = self._mine()
         if lines is None:
-            lines = self._lines = _Lines(self.route)
+            lines, self._pid = _Lines(self.route), os.getpid()
+            self._lines = lines
         began = time.monotonic()
         try:
             lines.send(self.audience.fewer() + raw, timeout)
@@ -267,6 +269,13 @@ class _Trunk:
             raise RequestTimeout(f"{self.route.name} did not answer within {timeout:g} s")
         return reply
 
+    def _mine(self) -> Optional[_Lines]:
+        """Return the connection, if there is one. After a fork(2) it is the parent's: what it is told is not for us."""
+        if self._lines is not None and self._pid != os.getpid():
+            self._lines.sock.close()   # ends only our hold of it
+            self._lines, self.audience = None, Audience()
+        return self._lines
+
     def _sorted(self, lines: _Lines, timeout: float) -> Optional[bytes]:
         """Return the next reply, also from among events; `None` after `timeout` seconds."""
         deadline = time.monotonic() + timeout
@@ -280,10 +289,11 @@ class _Trunk:
 
     def listen(self, timeout: Optional[float]) -> bool:
         """Take in one event; return whether one came within `timeout` seconds."""
-        if self._lines is None:
+        lines = self._mine()
+        if lines is None:
             raise _broke(self.route, "it was closed meanwhile")
         try:
-            line = self._lines.receive(timeout)
+            line = lines.receive(timeout)
             if line is not None and self.audience.sort(line) is not None:
                 raise LinkError(f"{self.route.name} sent what is neither an event nor the reply to a request")
         except BaseException:

@@ -7,6 +7,7 @@ Unaware: of what a message means, and of whether asking again is safe.
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any, Dict, Optional, Sequence
 
@@ -27,13 +28,14 @@ class ZmqLink:
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
         self._context: zmq.Context[Any] = zmq.Context.instance()
+        self._pid = os.getpid()
         self._req: Optional[zmq.Socket[Any]] = None
         self._req_secs = -1.0
         self._ear: Optional[_Ear] = None
 
     def request(self, raw: bytes, timeout: float) -> bytes:
         """Send one message and return its reply. After any failure the next call uses a fresh socket."""
-        req = self._req
+        req = self._req if self._pid == os.getpid() else self._forked()
         if req is None:
             began = time.monotonic()
             req = self._connect(timeout)
@@ -55,6 +57,12 @@ class ZmqLink:
         except BaseException:  # Ctrl-C: the reply still comes, and must not meet the next request
             self._drop_req()
             raise
+
+    def _forked(self) -> Optional[zmq.Socket[Any]]:
+        """Leave what belongs to the parent of a fork(2): libzmq's threads are not here."""
+        self._pid, self._context = os.getpid(), zmq.Context.instance()
+        self._req = self._ear = None
+        return None
 
     def _connect(self, timeout: float) -> zmq.Socket[Any]:
         where = probe(self._endpoint, timeout)
