@@ -381,6 +381,31 @@ def readable(wire: LineWire) -> bool:
     return bool(select.select([wire.socket], [], [], 0)[0])
 
 
+def test_another_client_gets_in_when_one_has_asked_too_much(hostile: tuple[Server, LineWire, str]) -> None:
+    server, wire, ref = hostile
+    asking(wire, ref, filter=HOSTILE)
+    pid, = at_work(server)
+    os.kill(pid, signal.SIGSTOP)
+    wires = [LineWire(server.socket_path) for _ in range(13)]
+    try:
+        for each in wires:
+            for _ in range(8):
+                asking(each, ref, filter="a", limit=0)
+        wait_until(lambda: sum(map(readable, wires)) >= 1, what="some of 104 to be refused")
+        with ZmqWire(server.endpoint) as network:
+            network.send(json.dumps({"type": "output_query_request", "request_id": "x", "agent_id": ref,
+                                     "stream": "stdout", "filter": "a{5}", "limit": 0}).encode())
+            asked = wire.ok("stats_request")["stats"]["requests"]
+            wait_until(lambda: wire.ok("stats_request")["stats"]["requests"] > asked, what="a moment")
+            os.kill(pid, signal.SIGKILL)
+            assert json.loads(network.receive())["total_lines"] == 1
+        assert reply(wire)["error_code"] == "unavailable"
+    finally:
+        for each in wires:
+            each.close()
+    none_left(server)
+
+
 def test_a_connection_handles_no_more_while_many_replies_are_made(hostile: tuple[Server, LineWire, str]) -> None:
     """What one peer can make us hold stays bounded: its further requests wait, others' do not."""
     server, wire, ref = hostile

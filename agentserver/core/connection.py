@@ -213,17 +213,18 @@ class Connection:
         if inbox is None:
             if len(self._inboxes) >= PEERS_MOST:
                 self._forget_idle()
-            inbox = self._inboxes[head] = Inbox(*self._peer(head), self)
+            inbox = self._inboxes[head] = Inbox(self._peer(head), self)
         self._held += len(raw or b"")
         self.known = True
         inbox.put(tag, raw)
 
-    def _peer(self, head: bytes) -> tuple[Peer, str]:
-        """Return who asks, and whose turn it is: whom a shell of ours names beside the message, else who connected."""
+    def _peer(self, head: bytes) -> Peer:
+        """Return who asks, and whose turns that takes: whom a shell of ours names beside the message, else who
+        connected."""
         asker = header(Asker, head) if head else Asker()
         may_listen = self._lines is not None or self._role == "monitor"
         name = (self.shell and asker.name) or self.name
-        return Peer(name, self if may_listen else None), f"{name} {asker.peer}" if self.shell else name
+        return Peer(name, self if may_listen else None, f"{name} {asker.connection}" if self.shell else name)
 
     def _forget_idle(self) -> None:
         self._inboxes = {head: inbox for head, inbox in self._inboxes.items() if not inbox.idle}

@@ -35,10 +35,11 @@ QUERY = "query_output"  # the one command whose reply comes later
 
 
 class Peer(NamedTuple):
-    """Who asks. `subscriber` is set on links that can be sent events."""
+    """Who asks. `subscriber` is set on links that can be sent events; `turn` is whose turns the work takes."""
 
     name: str
     subscriber: Subscriber | None = None
+    turn: str = ""
 
 
 class Done(NamedTuple):
@@ -179,7 +180,7 @@ class Control:
             yield False
             pace.begin()
         if _asks_for_lines(request):
-            return self._query(request, obj["request_id"], peer.name)
+            return self._query(request, obj["request_id"], peer.turn)
         if not _has_effect(request):
             return (yield from self._do(request, Ask(peer.name, obj["request_id"]), peer))[0]
         ask = Ask(peer.name, obj["request_id"], hashlib.sha256(canonical(obj)).digest())

@@ -51,12 +51,12 @@ class Host(Protocol):
 
 
 class Inbox:
-    """See the module. `name` is who is charged for the work."""
+    """See the module. The work is charged to whose turns the peer takes."""
 
-    __slots__ = ("_host", "_name", "_peer", "_promised", "_task", "_waiting")
+    __slots__ = ("_host", "_peer", "_promised", "_task", "_waiting")
 
-    def __init__(self, peer: Peer, name: str, host: Host) -> None:
-        self._peer, self._name, self._host = peer, name, host
+    def __init__(self, peer: Peer, host: Host) -> None:
+        self._peer, self._host = peer, host
         self._waiting: Deque[tuple[int, bytes | None]] = deque()
         self._promised: set[Pending] = set()
         self._task: Task | None = None
@@ -87,7 +87,7 @@ class Inbox:
         """Work on what waits, if that is possible and not under way."""
         if self._ready and (self._task is None or self._task.done):
             cost = len(self._waiting[0][1] or b"") * SECS_PER_BYTE
-            self._task = self._host.scheduler.add(self._name, self._work(), cost)
+            self._task = self._host.scheduler.add(self._peer.turn, self._work(), cost)
 
     def _work(self) -> Generator[None, None, None]:
         while True:

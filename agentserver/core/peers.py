@@ -66,7 +66,7 @@ class Asker:
     """Whom a shell names beside a request."""
 
     name: str = wire(text(256), "")
-    peer: str = wire(text(256), "")  # which of several of that name: their requests take turns
+    connection: str = wire(text(256), "")  # which of several of that name: their requests take turns
 
 
 def header(cls: Type[T], data: bytes) -> T:

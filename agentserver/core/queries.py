@@ -4,8 +4,8 @@ Owns:    those processes, from their start to their end, and the line of questio
 Runs in: the core's thread; nothing here waits for a process, and each is ended when its time is over.
 Unaware: of requests and replies, and of what the answer says. The other side is query.py.
 
-Who asks much waits longer: the next question is that of another asker, where there is one. So questions that a local
-client asks by the dozen hardly delay the shell, which waits for one at a time and keeps the network waiting with it.
+Round-robin: a client with many queued searches waits behind clients with few. When too many are queued, the client with
+the most of them loses its last one, so that another client always gets in.
 """
 from __future__ import annotations
 
@@ -68,12 +68,24 @@ class Queries:
         query = _Query(encode(question) + b"\n", by, answered)
         if len(self._running) < self._most:
             self._start(query)
-        elif sum(map(len, self._waiting.values())) < WAITING_MOST:
-            self._waiting.setdefault(by, deque()).append(query)
         else:
-            raise RequestError(f"{WAITING_MOST} searches in output are waiting already; ask again when some of them "
-                               "are answered", "rate_limited")
+            self._line_up(query)
         return lambda: self._drop(query)
+
+    def _line_up(self, query: _Query) -> None:
+        """Let a question wait for its turn; one is refused if there are too many: of the client that has the most."""
+        line = self._waiting.setdefault(query.by, deque())
+        line.append(query)
+        if sum(map(len, self._waiting.values())) <= WAITING_MOST:
+            return
+        longest = max(self._waiting.values(), key=len)
+        refusal = RequestError(f"{WAITING_MOST} searches in output are waiting already; ask again when some of them "
+                               "are answered", "rate_limited")
+        if len(longest) > len(line):
+            longest.pop().answered(refusal)
+            return
+        self._leave(query)
+        raise refusal
 
     def _start(self, query: _Query) -> None:
         ours, theirs = socket.socketpair()
