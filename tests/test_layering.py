@@ -41,7 +41,7 @@ CLIENT = ("address", "talk", "calls", "hints", "follow", "lines", "client", "acl
 ACROSS = {
     "core": (),
     "shell": ("core.link", "core.framelink", "core.framing", "core.alink", "core.serving", "core.state_dir",
-              "core.lock", "core.channel"),
+              "core.lock", "core.channel", "core.privacy"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.alink", "core.ssh", "core.lifecycle", "shell.link", "shell.alink"),
     # `serve` becomes a keeper, `stdio` a relay, and `doctor` looks at what one would need; all else goes through the
@@ -56,9 +56,9 @@ HOMES = {
     "sqlite3": ("core.database",),
     "argparse": ("cli",),
     "subprocess": ("core.process", "core.keeper"),
-    "resource": ("core.process", "core.inherited", "cli.doctor"),
+    "resource": ("core.process", "core.inherited", "core.privacy", "cli.doctor"),
     "fcntl": ("core.lock", "core.output", "core.query", "core.run", "core.stdin", "core.pidfd", "core.terminal"),
-    "ctypes": ("core.tree", "core.quota", "cli.doctor"),
+    "ctypes": ("core.tree", "core.quota", "core.privacy", "cli.doctor"),
     "threading": ("shell", "cli"),
     "multiprocessing": (),
     "asyncio": ("aclient", "core.alink", "shell.alink"),

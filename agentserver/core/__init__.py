@@ -19,6 +19,7 @@ Owns:    this map. Read in this order; each file uses only those above it:
     inherited   what an agent inherits: limits, umask, the tag of its descendants
     terminal    a pseudo-terminal: its two sides, its size, the relay that outlives us
     refusal     why a program could not be executed
+    privacy     what only root may see of our processes
     process     start, signal and reap one child
     literals    words without which a pattern cannot match        pure
     query       one question about output, in a process that a timer ends

@@ -32,11 +32,16 @@ class Facts:
         self._reload_failed = ""
         self._parts: Json = dict(started.get("parts", {}))
         self._stops, self._stopped = 0, ""  # how often a look has found the program stopped that is our shell
+        self._open: Json = {}
 
     def set_parts(self, told: Json) -> None:
         """Note what the keeper tells of the server's parts: which one stands still, which one it had to kill."""
         self._parts = told
         self._json = b""
+
+    def set_open(self, told: Json) -> None:
+        """Note how many descriptors keeper and shell have open: only root may count those of others (privacy.py)."""
+        self._open = told
 
     def set_reload_failed(self, why: str) -> None:
         """Note why the last reload failed, "" if it did not."""
@@ -108,5 +113,9 @@ class Facts:
     def usage(self) -> Json:
         """Return what our processes use."""
         shell = self._shell_pid()
-        return {"core": tree.usage(os.getpid()), "keeper": tree.usage(self._keeper_pid),
-                "shell": tree.usage(shell) if shell else {}}
+        return {"core": tree.usage(os.getpid()), "keeper": self._usage_of(self._keeper_pid, "keeper"),
+                "shell": self._usage_of(shell, "shell") if shell else {}}
+
+    def _usage_of(self, pid: int, part: str) -> Json:
+        used = tree.usage(pid)
+        return {**used, "fds": used["fds"] or self._open.get(part, 0)} if used else used

@@ -1,8 +1,8 @@
 """What an agent inherits from the core: set in the core around the start of each agent, and put back after it.
 
-Owns:    the one place where the core changes limits and umask of its own for a moment: the soft RLIMIT_NOFILE and the
-         umask, which agents get as the server was given them, and the soft RLIMIT_RTTIME, by which an agent's
-         descendants are known.
+Owns:    the one place where the core changes limits and umask of its own for a moment: the soft RLIMIT_NOFILE and
+         RLIMIT_CORE and the umask, which agents get as the server was given them, and the soft RLIMIT_RTTIME, by
+         which an agent's descendants are known.
 Runs in: the core's thread; a child that posix_spawn(3) makes meanwhile inherits all of it (getrlimit(2), umask(2)).
 Unaware: of agents and processes.
 
@@ -25,11 +25,13 @@ _RTTIME: int | None = getattr(resource, "RLIMIT_RTTIME", None)
 
 
 class Inherited(NamedTuple):
-    """A soft limit of descriptors, a umask, and a tag; a tag of 0 is none."""
+    """A soft limit of descriptors, a umask, and a tag; a tag of 0 is none. `core_bytes`: how large a core file may be,
+    which the server's own processes have none of; None: as it is."""
 
     nofile: int
     umask: int
     tag: int = 0
+    core_bytes: int | None = None
 
 
 def new_tag() -> int:
@@ -52,6 +54,8 @@ def around_start(inherited: Inherited) -> Iterator[None]:
     umask = os.umask(inherited.umask)
     try:
         _set(resource.RLIMIT_NOFILE, inherited.nofile, changed)
+        if inherited.core_bytes is not None:
+            _set(resource.RLIMIT_CORE, inherited.core_bytes, changed)
         if inherited.tag and _RTTIME is not None:
             _set(_RTTIME, inherited.tag, changed)
         yield

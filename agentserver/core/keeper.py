@@ -21,7 +21,7 @@ from typing import Callable
 
 from ..config import ServerConfig
 from ..errors import StartError
-from . import leftovers, process, tree
+from . import leftovers, privacy, process, tree
 from .channel import Json
 from .finding import find
 from .held import Held
@@ -47,6 +47,7 @@ class Keeper:
         self._say = Log(log or None, config.log_bytes)
         self._stamp, self._renewing, self._reload_asked = stamp(process.home()), False, False
         self._started_at, self._generation = time.time(), 1
+        self._core_bytes = privacy.shield()
         self._nofile = process.raise_descriptor_limit()[0]
         self._notify = Notify(os.environ)
         self._held = Held(self._notify, stored(os.environ))
@@ -55,7 +56,7 @@ class Keeper:
         self._next: Part | None = None     # a successor of the core, while a reload is under way
         self._why = ""                     # it failed, the last time that one did
         self._before: Part | None = None   # the core that a successor has replaced, until it has left
-        self._pulse = Pulse(self._stands_still)
+        self._pulse = Pulse(self._stands_still, news=self._news)
         self._lock_at, self._lock_lost = 0.0, False
         self._told: Json = {}              # what of the parts the core is to tell whoever asks
         self._trial: Trial | None = None   # a look at our own new code that is under way
@@ -135,7 +136,15 @@ class Keeper:
 
     def _hello(self, **more: object) -> Json:
         return {"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
-                "keeper_pid": os.getpid(), "nofile": self._nofile, "holds_listeners": True, "parts": self._told, **more}
+                "keeper_pid": os.getpid(), "nofile": self._nofile, "core_bytes": self._core_bytes,
+                "holds_listeners": True, "parts": self._told, **more}
+
+    def _news(self, part: Part) -> Json:
+        """Return what the core is told together with a question whether it answers: what it may not look up itself."""
+        if part is not self._core:
+            return {}
+        shell = self._shell.open_descriptors if self._shell is not None else 0
+        return {"open": {"keeper": privacy.open_descriptors(), "shell": shell}}
 
     def _start(self, part: Part) -> None:
         part.start(self._hello(**part.endpoints))
@@ -366,7 +375,8 @@ class Keeper:
         held, ends = self._held.state()
         state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
                  "log": self._log, "started_at": self._started_at, "generation": self._generation,
-                 "nofile": self._nofile, "core": self._core.state(), "held": held, "ends": ends, "stamp": found,
+                 "nofile": self._nofile, "core_bytes": self._core_bytes, "core": self._core.state(), "held": held,
+                 "ends": ends, "stamp": found,
                  "shell": self._shell.state() if self._shell is not None else None}
         fds = [fd for names in held.values() for fd in names.values()]
         fds += [fd for part in self._parts for fd in part.descriptors]
@@ -383,6 +393,7 @@ class Keeper:
     def restore(self, state: Json) -> None:
         """Go on as the newer version of the keeper that wrote `state`."""
         self._started_at, self._generation, self._nofile = state["started_at"], state["generation"], state["nofile"]
+        self._core_bytes = state.get("core_bytes", self._core_bytes)
         self._stamp = tuple(state.get("stamp", self._stamp))  # what changed since then may not be what was imported
         self._core.restore(state["core"])
         if self._shell is not None:

@@ -28,6 +28,7 @@ class Part:
         self.ready: Json = {}
         self.endpoints: Json = {}  # where it listens, for the next one too: it may die before it is ready
         self.listeners: list[int] = []  # copies of what it listens on: who comes before the next one is there waits
+        self.open_descriptors = 0  # as it says itself
         self.failed = ""        # the sentence with which it gave up
         self.done = False       # it said that it is through
         self.yielded = False    # it waits for its successor to serve, or to fail
@@ -79,6 +80,7 @@ class Part:
     def hear(self, word: Json) -> None:
         """Note what it said of itself."""
         self.silent = 0.0
+        self.open_descriptors = int(word.get("open", self.open_descriptors))
         self.asked = 0 if word.get("pong") == self.asked else self.asked
         self.ready = word.get("ready", self.ready)
         if "endpoint" in word.get("ready", ()):

@@ -14,6 +14,7 @@ import time
 from typing import Callable, Sequence
 
 from . import tree
+from .channel import Json
 from .part import Part
 
 ASK_SECS = 2.0        # between two questions to a part
@@ -24,11 +25,12 @@ GAP_SECS = 1.0        # by which the keeper may wake too late before it takes it
 
 
 class Pulse:
-    """See the module. `stands_still(part, sentence)` hears that a part does not answer, and "" when it does again."""
+    """See the module. `stands_still(part, sentence)` hears that a part does not answer, and "" when it does again;
+    `news(part)` is told to a part with the question."""
 
-    def __init__(self, stands_still: Callable[[Part, str], None],
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self._stands_still, self._clock = stands_still, clock
+    def __init__(self, stands_still: Callable[[Part, str], None], clock: Callable[[], float] = time.monotonic,
+                 news: Callable[[Part], Json] = lambda part: {}) -> None:
+        self._stands_still, self._news, self._clock = stands_still, news, clock
         self._woke = clock()
         self._ask_at = self._woke + ASK_SECS
         self._number = 0
@@ -58,7 +60,7 @@ class Pulse:
         for part in parts:
             if part.answers and not part.asked and part.channel is not None:
                 part.asked = self._number
-                part.channel.send({"ping": self._number})
+                part.channel.send({"ping": self._number, **self._news(part)})
 
     def _speak(self, part: Part) -> None:
         if part.answers and part.silent >= TOLD_SECS and not part.still:

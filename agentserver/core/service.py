@@ -39,6 +39,7 @@ from .log import Log
 from .orphan import end_orphaned
 from .patience import Patience
 from .peers import SHELL_LOCK, Caller, Hello, Shell, caller, is_keeper, is_ours, shell
+from .privacy import shield
 from .pushing import Pushing
 from .queries import Queries
 from .quota import Quota, give_back
@@ -64,9 +65,10 @@ TRIM_SECS = 600.0  # between two looks at what of the registry is past its time;
 
 class Service:
     """See the module. `started` is what the first keeper told: {config, started_at, generation, …}; `keeper` is who it
-    is now; `umask` is what agents get."""
+    is now; `inherited` is what agents get."""
 
-    def __init__(self, started: Json, keeper: Keeper, lock: int, umask: int, say: Callable[[str], None]) -> None:
+    def __init__(self, started: Json, keeper: Keeper, lock: int, inherited: Inherited,
+                 say: Callable[[str], None]) -> None:
         self.config = config = ServerConfig.from_json(started["config"])
         self.backlog_bytes, self.message_bytes = config.backlog_bytes, config.message_bytes
         self._say = say
@@ -87,8 +89,8 @@ class Service:
         self._witness = Witness(os.path.join(config.state_dir, "spawning"))
         family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
         self.supervisor = Supervisor(self._config, self.reactor, self.scheduler, self.registry, feed, self._pushing,
-                                     self.counters, os.environ, Inherited(started["nofile"], umask), family,
-                                     self._last_words, self._witness, self._keeper, say)
+                                     self.counters, os.environ, inherited, family, self._last_words,
+                                     self._witness, self._keeper, say)
         self._adoption = Adoption(self.supervisor, self.registry, self.reactor, family, self._keeper, say)
         self._queries = Queries(self.reactor, family.helpers, config)
         self.control = Control(self.supervisor, self._queries, self.facts, self._stats, self._on_shutdown,
@@ -225,6 +227,7 @@ class Service:
             changed = self.facts.look_at_shell()
             if changed is not None:
                 self._say(changed or "the program that serves the network runs again")
+            self.facts.set_open(word.get("open", {}))
             if word["ping"] % RESTORE_PINGS == 0:
                 self._restore()
         elif "parts" in word:
@@ -504,11 +507,12 @@ def main(sock: socket.socket) -> int:
 
     As a successor it first only shows that it could serve, and waits until the core before it has let go. That one goes
     on when it fails, or when the keeper dies meanwhile."""
-    umask = os.umask(0o077)  # what we make is nobody else's business
+    umask, core_bytes = os.umask(0o077), shield()  # what we make and hold is nobody else's business
     process.raise_descriptor_limit()
     channel = Channel(sock)
     started = channel.next()
     config, keeper = ServerConfig.from_json(started["config"]), Keeper(channel, started["keeper_pid"])
+    inherited = Inherited(started["nofile"], umask, core_bytes=started.get("core_bytes", core_bytes))
     say = Log(os.path.join(config.state_dir, "core.log"), config.log_bytes)
     try:
         os.chdir(config.state_dir)
@@ -518,7 +522,7 @@ def main(sock: socket.socket) -> int:
         left = inherit(keeper.channel)
         while True:
             with held("core.lock") as lock:
-                service = Service(started, keeper, lock, umask, say)
+                service = Service(started, keeper, lock, inherited, say)
                 service.start(left)
                 service.run()
             if not service.yielded:

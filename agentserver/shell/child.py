@@ -14,6 +14,7 @@ from typing import Callable, Optional, Sequence
 
 from ..core.channel import Channel, Json, whole
 from ..core.lock import await_free, held, restore
+from ..core.privacy import open_descriptors, shield
 from ..errors import AgentServerError
 from .listening import hand_on, left_behind
 from .server import Front
@@ -49,7 +50,7 @@ class Kept:
                 self.wake_fd = self._never.fileno()
             elif "ping" in word:
                 self.tidy()
-                self._channel.send({"pong": word["ping"]})
+                self._channel.send({"pong": word["ping"], "open": open_descriptors()})
             else:
                 self._stopped = self._stopped or bool(word.get("stop"))
                 self.followed = bool(word.get("again", self.followed))
@@ -72,6 +73,7 @@ def main(sock: socket.socket) -> int:
     """Serve for the keeper at the other end of `sock`; return the exit code."""
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
+    shield()
     sys.setswitchinterval(0.001)  # a request must not wait 5 ms for the monitor thread
     channel = Channel(sock)
     owner = Kept(channel)
