@@ -7,14 +7,17 @@ Unaware: of agents and of the shell (test_reload.py).
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
-from support import DEADLINE_SECS, Server, wait_until
+from support import DEADLINE_SECS, Server, short_dir, wait_until
+from test_reload import Interrupted
 from test_survival import by_request, by_signal
 from wire import LineWire, alive, new_id
 
@@ -124,3 +127,20 @@ def test_who_reads_no_replies_keeps_neither_the_successor_nor_others_waiting(ser
         for _ in range(50):
             assert generation(server), "others are served meanwhile"
         wait_until(lambda: generation(server) > now and not alive(core), what="the next core")
+
+
+def test_a_successor_that_dies_while_replies_are_waited_for_changes_nothing(
+        start_server: Callable[..., Server], run_dir: Path) -> None:
+    """The core has begun to yield, and does not go on with that for nobody: who is connected stays so."""
+    interrupted = Interrupted(start_server, short_dir(run_dir))
+    server = interrupted.server
+    with LineWire(server.socket_path) as other, server.connect() as link:
+        ask = json.dumps({"type": "health_check_request", "request_id": "x"}).encode() + b"\n"
+        link.sendall(ask * 3000)  # more replies than its socket takes
+        os.kill(interrupted.reload("left = inherit(keeper.channel)\n        while"), signal.SIGKILL)
+
+        def health() -> dict[str, Any]:
+            return dict(other.ok("health_check_request"))
+        failed = wait_until(lambda: health()["metadata"]["reload_failed"] and health())
+        wait_until(lambda: health()["uptime_secs"] > failed["uptime_secs"] + 3, what="the time for the replies to pass")
+        assert health()["metadata"]["core_pid"] == str(interrupted.core)

@@ -162,8 +162,9 @@ class Control:
     def _checked(self, reply: bytes, reply_type: str, request_id: str | None, obj: Json | None) -> bytes:
         """Return a reply that can be sent, and count it if it is a failed one."""
         if len(reply) > self._limit:
-            reply = _failure(reply_type, request_id, f"the reply would have {len(reply)} bytes and at most "
+            short = _failure(reply_type, request_id, f"the reply would have {len(reply)} bytes and at most "
                              f"{self._limit} are allowed; ask for less at once", "message_too_large")
+            reply = Deed(short) if isinstance(reply, Deed) else short
         if b'"success":false' in reply[:1024]:
             self._failed(obj)
         return reply

@@ -235,6 +235,7 @@ class Service:
         elif "hold_again" in word:
             self.supervisor.hold_again(word["hold_again"])
         elif "reload_failed" in word:
+            self._owing.clear()
             if self._yielding is not None:
                 self._yielding.cancel()
             self.facts.set_reload_failed(word["reload_failed"])
@@ -248,7 +249,7 @@ class Service:
         self._owing = {connection for connection in self._connections if connection.owes}
         for connection in list(self._owing):
             connection.finish()
-        self.reactor.after(YIELD_SECS, self._yield_now)
+        self._yielding = self.reactor.after(YIELD_SECS, self._yield_now)
         if not self._owing:
             self._yield_now()
 
