@@ -7,7 +7,11 @@ Unaware: of deaths at random moments (chaos/).
 """
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -25,15 +29,15 @@ class Mortal:
     """A server whose core dies at a given moment of the next request, and what was told by the one after it."""
 
     def __init__(self, server: Server, dies: Path) -> None:
-        self.server, self._dies = server, dies
+        self.server, self.dies = server, dies
 
     def twice(self, message: Json, moment: str) -> Json:
         """Send a request that the core dies of, then the same again to the next core; return the reply."""
         core = self.server.pids()["core"]
-        self._dies.write_text(moment)
+        self.dies.write_text(moment)
         with pytest.raises((OSError, EOFError, ValueError)):
             self.server.ask(message)
-        assert not self._dies.exists()
+        assert not self.dies.exists()
         back(self.server, "core", core)
         return self.server.ask(message)
 
@@ -91,6 +95,34 @@ def test_a_restart_of_one_that_runs(mortal: Mortal, moment: str) -> None:
         wait_until(lambda: wire.info(running)["attempt"] == 2 and wire.status(running) == "running", what="attempt 2")
         first, = wire.control(running, "inspect")["attempts"]
         assert first["exit"]["reason"] == "stop" and first["exit"]["by"].startswith("local")
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "ended"])
+def test_an_attempt_has_nothing_of_the_one_before(mortal: Mortal, running: bool) -> None:
+    """A core that dies before it has noted the new pid leaves neither the old stop ladder, nor the old time, nor who
+    sent which signal to the one before."""
+    server = mortal.server
+    with LineWire(server.socket_path) as wire:
+        ref = wire.spawn("catcher", 9, 0, grace_secs=0.3, limits={"runtime_secs": 1000.0})
+        wire.control(ref, "signal", signal="SIGUSR1")
+        if not running:
+            wire.control(ref, "kill")
+            wire.ended(ref)
+    core, begun = server.pids()["core"], time.monotonic()
+    mortal.dies.write_text("after posix_spawn")
+    with contextlib.suppress(OSError, ValueError):
+        server.ask(command(ref, "restart"))
+    wait_until(lambda: not mortal.dies.exists(), what="the core to die at the new attempt")
+    back(server, "core", core)
+    with LineWire(server.socket_path) as wire:
+        assert wire.info(ref)["attempt"] == 2 and wire.status(ref) == "running"
+        os.kill(wire.info(ref)["pid"], signal.SIGUSR1)
+        wait_until(lambda: says(wire, ref, b"SIGUSR1") >= 1 + running, what="the signal to the new attempt")
+        assert wire.status(ref) == "running", "it is not ended as the one before was"
+        wire.control(ref, "kill")
+        record = wire.exit(ref)
+        assert record["reason"] == "kill" and record["signal"] == "SIGKILL"
+        assert record["duration"] < time.monotonic() - begun, "its own time, not that of both"
 
 
 @pytest.mark.parametrize("name", ["stop", "kill"])
