@@ -214,6 +214,17 @@ def _answers(server: Server) -> bool:
         return False
 
 
+def test_a_link_in_the_place_of_a_directory_is_not_followed(unix: LineWire, directory: Directory,
+                                                            tmp_path: Path) -> None:
+    agent = unix.ok("spawn_request", config={"command": ["echo", "hello"]})["agent_info"]["id"]
+    unix.ended(agent)
+    shutil.move(directory(agent), tmp_path / "moved")
+    directory(agent).symlink_to(tmp_path / "moved")
+    unix.control(agent, "remove")
+    wait_until(lambda: not directory(agent).is_symlink())
+    assert (tmp_path / "moved" / first("stdout")).read_bytes() == b"hello\n"
+
+
 @pytest.mark.parametrize("umask", [0, 0o027])
 def test_all_that_the_server_makes_is_for_its_own_user(start_server: Callable[..., Server], umask: int) -> None:
     """And agents have the umask that the server was started with."""

@@ -39,6 +39,8 @@ Owns:    this map. Read in this order; each file uses only those above it:
     names       which agents a name or the beginning of an id can mean
     agent       the record of one agent
     stdin       what goes to an agent's stdin: accepted once, written once
+    rounds      one deed for many agents, in steps
+    trash       directories of forgotten agents, deleted little by little
     run         one attempt while its process exists: output pipes, timers
     losses      output that is gone, told as events
     takeover    what a core before us left of each agent

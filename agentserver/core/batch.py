@@ -60,7 +60,9 @@ class Batch:
         """Do all, in steps; each yields whether the rest may be left undone. Without `refs`, `choose` says for whom."""
         self._begin(refs, choose)
         begun: set[str] = set()
+        since = self._commands.now()
         for ref in self._refs[len(self.results):]:
+            self._commands.recent(since)
             self._one(ref)
             if pace.over() and len(self.results) < len(self._refs):
                 begun |= self._standstill.take()

@@ -58,6 +58,14 @@ class Commands:
                                "unknown_command")
         return read(cls, payload, "payload")
 
+    def now(self) -> float:
+        """Return the time, for `recent`."""
+        return self._supervisor.reactor.clock()
+
+    def recent(self, since: float) -> None:
+        """What was seen of all processes since then is good enough for the command that follows."""
+        self._supervisor.family.recent(since)
+
     def run(self, agent: Agent, command: str, payload: Json, ask: Ask) -> Json | Encoded:
         """Run one command on one agent and return its data."""
         return self.do(agent, command, self.check(command, payload), ask)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from signal import SIGCONT, SIGINT, SIGKILL, SIGTERM
-from typing import Callable, Iterable, Sequence
+from typing import Callable, Iterable, Iterator, Sequence
 
 from ..errors import RequestError
 from ..wire import Json, rfc3339
@@ -21,9 +21,13 @@ from .family import Family
 from .lastwords import LastWords
 from .process import Ended
 from .reactor import Reactor
+from .rounds import each
 from .run import Run
+from .scheduler import Scheduler, Task
 from .tree import Proc
 
+AT_ONCE = 50      # processes of a tree that are killed in one step
+PAUSE_SECS = 0.01  # between two such steps
 AGAIN_SECS = 1.0  # SIGKILL is repeated at this pace while something of a tree is left (D state, fork races)
 LEAKED_MOST = 1000  # of a tree that are named in an exit record
 WITH_CORE = ("it ended in the moment in which the server's core did, so that the likely cause is the kernel: a program "
@@ -38,14 +42,17 @@ class Ending:
     `save(agent)` puts what was decided on disk, so that a new core goes on with the ladder where a dead one stood;
     `denied(agent, number, pids)` hears each time who may not be signalled."""
 
-    def __init__(self, reactor: Reactor, family: Family, last_words: LastWords, drain_secs: float, finish_secs: float,
-                 ended: Callable[[Agent, str, Json], None], save: Callable[[Agent], None],
-                 denied: Callable[[Agent, int, list[int]], None],
+    def __init__(self, reactor: Reactor, scheduler: Scheduler, family: Family, last_words: LastWords,
+                 drain_secs: float, finish_secs: float, ended: Callable[[Agent, str, Json], None],
+                 save: Callable[[Agent], None], denied: Callable[[Agent, int, list[int]], None],
                  say: Callable[[str], None]) -> None:
-        self._reactor, self._family, self._last_words = reactor, family, last_words
+        self._reactor, self._scheduler, self._family, self._last_words = reactor, scheduler, family, last_words
         self._ended, self._save, self._denied, self._say = ended, save, denied, say
         self._drain_secs, self._finish_secs = drain_secs, finish_secs
         self._parting: dict[str, Agent] = {}  # leader gone, others of the tree not yet
+        self._fresh: set[str] = set()         # those of them from whose pipes nothing was taken over yet
+        self._due: dict[str, tuple[Agent, float]] = {}  # those of them that are to be looked at, and since when
+        self._task: Task | None = None
 
     # ------------------------------------------------------------ the ladder
 
@@ -94,8 +101,18 @@ class Ending:
         assert run is not None and ending is not None
         if run.ladder is not None:
             run.ladder.cancel()
+        run.ladder = self._reactor.at(ending["at"], lambda: self._climb(agent))
+
+    def _climb(self, agent: Agent) -> None:
+        """Do what the rung says. What fails is tried again: nothing else ends the agent."""
+        run, ending = agent.run, agent.ending
+        if run is None or ending is None or run.ended is not None:
+            return
+        run.ladder = self._reactor.after(AGAIN_SECS, lambda: self._climb(agent))
         rung = {"begin": self.begin, "terminate": self.terminate}.get(ending["rung"], self.kill)
-        run.ladder = self._reactor.at(ending["at"], lambda: rung(agent))
+        failsafe = run.ladder
+        rung(agent)
+        failsafe.cancel()
 
     def terminate(self, agent: Agent) -> None:
         """SIGTERM to the tree, at a terminal SIGHUP to whom that does not reach, and SIGKILL after the grace."""
@@ -112,11 +129,31 @@ class Ending:
 
     def kill(self, agent: Agent) -> None:
         """SIGKILL the whole tree, and again while something of it is left."""
-        if agent.run is None or agent.run.ended is not None:
+        run = agent.run
+        if run is None or run.ended is not None:
             return
-        self.name(agent)
-        self._denied(agent, SIGKILL, self._family.signal(agent, SIGKILL))
+        members = self._family.members([agent])[agent.id]
+        _note(run, members[:AT_ONCE])
+        denied = self._family.signal(agent, SIGKILL, AT_ONCE)
+        self._kill_rest(agent, run, members[AT_ONCE:], denied)
         self._next(agent, "kill", AGAIN_SECS)
+
+    def _kill_rest(self, agent: Agent, run: Run, rest: list[Proc], denied: list[int]) -> None:
+        """Name and kill the rest of a large tree a little later: hundreds that die at once take all processors, and
+        nobody else is served meanwhile."""
+        if rest:
+            run.killer = self._reactor.after(PAUSE_SECS, lambda: self._kill_some(agent, run, rest, denied))
+            return
+        run.killer = None
+        if run.ended is None:
+            self._denied(agent, SIGKILL, denied)
+
+    def _kill_some(self, agent: Agent, run: Run, rest: list[Proc], denied: list[int]) -> None:
+        _note(run, rest[:AT_ONCE])
+        denied = denied + tree.send_all(rest[:AT_ONCE], SIGKILL)
+        self._kill_rest(agent, run, rest[AT_ONCE:], denied)
+        if run.killer is None:
+            self._look_again_now(agent)
 
     def name(self, agent: Agent) -> None:
         """Note who is alive beside the leader, while there is still a command line to read."""
@@ -133,11 +170,12 @@ class Ending:
 
     def reap(self) -> None:
         """Collect every child that ended: leaders, orphans that came back to us, and those that work for us."""
-        gone, helped = [], []
+        gone: list[Agent] = []
+        helped: list[tuple[Callable[[Ended], None], Ended]] = []
         family = self._family
         for pid, code, number in process.ended([*family.leaders, *family.helpers]):
             agent = family.reaped(pid)
-            if agent is None:
+            if agent is None or agent.run is None:
                 helped.append((family.helped(pid), process.reap(pid)))
                 continue
             if not family.sees:  # the group's number is ours only until its leader is reaped
@@ -161,12 +199,36 @@ class Ending:
         self._all_part(gone)
 
     def _all_part(self, gone: list[Agent]) -> None:
-        if gone or self._parting:
-            self._family.stale()
+        """Look at all whose leader is gone: these, and those of whose trees something may have ended now."""
         for agent in gone:
-            self._reactor.guard("the end of an agent", self._part, agent)
-        for agent in list(self._parting.values()):
-            self._reactor.guard("the end of an agent", self._clear, agent)
+            self._parting[agent.id] = agent
+            self._fresh.add(agent.id)
+        if self._parting:
+            self._family.stale()
+            now = self._reactor.clock()
+            self._due.update((agent_id, (agent, now)) for agent_id, agent in self._parting.items())
+            self._work()
+
+    def _work(self) -> None:
+        if self._due and (self._task is None or self._task.done):
+            self._task = self._scheduler.add(
+                "", each(self._next_due(), self._parts, self._reactor, "the end of an agent"))
+
+    def _next_due(self) -> Iterator[Agent]:
+        while self._due:
+            agent, since = self._due.pop(next(iter(self._due)))
+            self._family.recent(since)
+            yield agent
+
+    def _parts(self, agent: Agent) -> None:
+        if agent.id in self._fresh:
+            self._fresh.discard(agent.id)
+            try:
+                self._part(agent)
+            finally:
+                self._look_again(agent)  # whatever goes wrong now: its end is recorded
+        if agent.id in self._parting:
+            self._clear(agent)
 
     def _part(self, agent: Agent) -> None:
         """The leader is gone; what it wrote is taken over, what it left is looked for."""
@@ -175,24 +237,37 @@ class Ending:
         for timer in (run.ladder, run.limit):
             if timer is not None:
                 timer.cancel()
-        self._parting[agent.id] = agent
         run.ladder = self._reactor.after(LEFTOVER_SECS, lambda: self._give_up(agent))
         run.drain()
+
+    def _look_again(self, agent: Agent) -> None:
+        """Look again in a moment: those that are not our children yet give no sign of their end."""
+        run = agent.run
+        if run is not None and agent.id in self._parting:
+            if run.limit is not None:
+                run.limit.cancel()
+            run.limit = self._reactor.after(AGAIN_SECS / 10, lambda: self._look_again_now(agent))
+
+    def _look_again_now(self, agent: Agent) -> None:
+        if agent.id in self._parting:
+            self._due[agent.id] = (agent, self._reactor.clock())
+            self._look_again(agent)
+            self._work()
 
     def _clear(self, agent: Agent) -> None:
         """Kill what is left of a tree; record the end when nothing is."""
         run = agent.run
         assert run is not None
+        if run.killer is not None:  # looks again when it is through
+            return
         left = self._left(agent)
         if not left:
             self._finish(agent)
             return
-        _note(run, left)
-        for proc in left:
-            tree.send(proc, SIGKILL)
-        if run.limit is not None:
-            run.limit.cancel()
-        run.limit = self._reactor.after(AGAIN_SECS / 10, self.reap)  # for those that are not our children yet
+        _note(run, left[:AT_ONCE])
+        tree.send_all(left[:AT_ONCE], SIGKILL)
+        self._look_again(agent)
+        self._kill_rest(agent, run, left[AT_ONCE:], [])
 
     def _left(self, agent: Agent) -> list[Proc]:
         """Return what lives of a tree whose leader is gone."""
@@ -201,6 +276,10 @@ class Ending:
         return self._family.members([agent])[agent.id] + self._family.strays(agent)
 
     def _give_up(self, agent: Agent) -> None:
+        if agent.id in self._parting:
+            self._reactor.guard("the end of an agent", self._finish_without, agent)
+
+    def _finish_without(self, agent: Agent) -> None:
         """Record the end of an agent though something of its tree lives on, and who that is."""
         run = agent.run
         assert run is not None
@@ -218,19 +297,21 @@ class Ending:
     def _finish(self, agent: Agent) -> None:
         run = self._parting.pop(agent.id).run
         assert run is not None
+        self._due.pop(agent.id, None)
+        for timer in (run.ladder, run.limit, run.killer):
+            if timer is not None:
+                timer.cancel()
         self._family.remove(agent)
-        if self._drained(run):
-            self._reactor.guard("letting go of an agent's pipes", self.close, agent)
-        else:  # someone else holds the pipe: read on for a moment, then let go
-            run.ladder = self._reactor.after(self._drain_secs, lambda: self.close(agent))
+        self._reactor.guard("the last output of an agent", self._let_go, agent)
         self._ended(agent, *verdict(agent, run, self._reactor.clock()))
 
-    def _drained(self, run: Run) -> bool:
-        try:
-            return run.drain()
-        except Exception as e:  # the end is recorded, whatever is wrong with the output
-            self._reactor.mistake("the last output of an agent", e)
-            return True
+    def _let_go(self, agent: Agent) -> None:
+        run = agent.run
+        assert run is not None
+        if run.drain():
+            self.close(agent)
+        else:  # someone else holds the pipe: read on for a moment, then let go
+            run.ladder = self._reactor.after(self._drain_secs, lambda: self.close(agent))
 
     def close(self, agent: Agent) -> None:
         """Let go of the pipes of an attempt that has ended."""

@@ -22,11 +22,14 @@ from .process import Ended
 from .takeover import Keeper
 from .tree import Proc
 
+NEVER = float("inf")  # no look at all processes is recent enough
+
 
 class Family:
     """See the module. `leaders` are pids that were started and not yet reaped, with their agent."""
 
-    def __init__(self, subreaper: bool, keeper: Keeper, parts: Callable[[], set[int]]) -> None:
+    def __init__(self, subreaper: bool, keeper: Keeper, parts: Callable[[], set[int]],
+                 clock: Callable[[], float]) -> None:
         self.leaders: dict[int, Agent] = {}
         #: children that are no agent's but work for us, and whom to tell how they ended
         self.helpers: dict[int, Callable[[Ended], None]] = {}
@@ -40,7 +43,10 @@ class Family:
         self._adopted: set[str] = set()  # ids of agents whose orphans go to the keeper
         self._owners: dict[tuple[int, int], str] = {}
         self._table: dict[int, Proc] = {}
-        self._fresh = False
+        self._by_parent: dict[int, list[Proc]] = {}
+        self._placed: dict[str, list[Proc]] | None = None  # orphans by agent, "": nobody's; of this table
+        self._clock, self._looked_at, self._since = clock, 0.0, NEVER
+        self._any_orphans: bool | None = None              # as far as it is known in this turn
 
     # ------------------------------------------------------------ coming and going
 
@@ -92,37 +98,52 @@ class Family:
 
     def stale(self) -> None:
         """Look again when next asked; called at the end of each turn."""
-        self._fresh = False
+        self._since = NEVER
+        self._any_orphans = None
+
+    def recent(self, since: float) -> None:
+        """A look at all processes that is not older than this is good enough, until the end of the turn: work that is
+        done in steps needs one look, and not one in each turn."""
+        self._since = min(self._since, since)
 
     def _look(self) -> None:
+        self._looked_at = self._clock()
+        self._since = min(self._since, self._looked_at)
         self._table = tree.scan(self.leaders)
-        self._fresh = True
+        self._by_parent, self._placed = tree.children_of(self._table), None
         seen = {(proc.pid, proc.start) for proc in self._table.values()}
         self._owners = {key: owner for key, owner in self._owners.items() if key in seen}
         self._given_up &= seen
 
     def members(self, agents: Iterable[Agent]) -> dict[str, list[Proc]]:
         """Return the living descendants of each agent, without its leader, parents first; one scan a turn."""
-        if not self._fresh:
-            self._look()
-        by_parent = tree.children_of(self._table)
-        orphans: dict[str, list[Proc]] = {}
-        for proc in self._orphans(by_parent):
-            orphans.setdefault(self._owner(proc), []).append(proc)
+        orphans = self._orphans_by_agent()
         found = {}
         for agent in agents:
             roots: list[Proc | int] = list(orphans.get(agent.id, ()))
             if agent.pid in self.leaders:
                 roots.append(agent.pid)
-            found[agent.id] = [p for p in tree.below(by_parent, roots, self.leaders.__contains__) if p.lives]
+            found[agent.id] = [p for p in tree.below(self._by_parent, roots, self.leaders.__contains__)
+                               if p.lives]
             for proc in found[agent.id]:
                 self._owners[proc.pid, proc.start] = agent.id
         return found
 
-    def _orphans(self, by_parent: dict[int, list[Proc]]) -> list[Proc]:
+    def _orphans_by_agent(self) -> dict[str, list[Proc]]:
+        """Return whose each orphan is, found out once for each look at all processes."""
+        if self._looked_at < self._since:
+            self._look()
+        if self._placed is None:
+            self._placed = {}
+            for proc in self._orphans():
+                self._placed.setdefault(self._owner(proc), []).append(proc)
+        return self._placed
+
+    def _orphans(self) -> list[Proc]:
         """Return who came back, and of the children of others only those that something tells to be an agent's."""
         parts = self._parts() | self.helpers.keys()
         ours, others = self._reapers()
+        by_parent = self._by_parent
         found = [p for parent in ours for p in by_parent.get(parent, ()) if p.pid not in parts and not self._is_part(p)]
         return found + [p for parent in others - ours for p in by_parent.get(parent, ())
                         if p.pid not in parts and p.pid not in self.leaders and self._owner(p)]
@@ -162,22 +183,23 @@ class Family:
         hands a dying process's children over before it sends SIGCHLD. This spares most exits a scan."""
         if self._adopted or not self._subreaper:
             return True
-        pids = tree.own_children()
-        return pids is None or not self.leaders.keys() | self.helpers.keys() >= set(pids)
+        if self._any_orphans is None:
+            pids = tree.own_children()
+            self._any_orphans = pids is None or not self.leaders.keys() | self.helpers.keys() >= set(pids)
+        return self._any_orphans
 
     def strays(self, ended: Agent) -> list[Proc]:
         """Return orphans that nothing places, and that no living agent could have started: `ended` has to answer."""
-        oldest = min((a.start or 0 for a in self.leaders.values()), default=None)
-        return [proc for proc in self._orphans(tree.children_of(self._table))
-                if proc.lives and (proc.pid, proc.start) not in self._given_up and not self._owner(proc)
-                and proc.start >= (ended.start or 0) and (oldest is None or proc.start < oldest)]
+        unplaced = [proc for proc in self._orphans_by_agent().get("", ())
+                    if proc.lives and (proc.pid, proc.start) not in self._given_up and proc.start >= (ended.start or 0)]
+        oldest = min((a.start or 0 for a in self.leaders.values()), default=None) if unplaced else None
+        return [proc for proc in unplaced if oldest is None or proc.start < oldest]
 
     def everyone(self) -> list[Proc]:
         """Return all living processes that descend from us, whosesoever they are."""
         self._look()
-        by_parent = tree.children_of(self._table)
-        roots: list[Proc | int] = [*self._orphans(by_parent), *self.leaders]
-        return [proc for proc in tree.below(by_parent, roots) if proc.lives]
+        roots: list[Proc | int] = [*self._orphans(), *self.leaders]
+        return [proc for proc in tree.below(self._by_parent, roots) if proc.lives]
 
     # ------------------------------------------------------------ signalling
 
@@ -191,22 +213,22 @@ class Family:
         """Whether the leader is one that we may signal: it is not if it became another user (kill(2): EPERM)."""
         return agent.pid not in self.leaders or self._signal_leader(agent, 0)
 
-    def signal(self, agent: Agent, number: int) -> list[int]:
-        """Signal the leader and all that descends from it, parents first unless they are to go on. Return the pids of
-        those that we may not signal."""
+    def signal(self, agent: Agent, number: int, most: int | None = None) -> list[int]:
+        """Signal the leader and all that descends from it, or `most` of that, parents first unless they are to go on.
+        Return the pids of those that we may not signal."""
         if number == SIGCONT:
             return self.go_on(agent, {})
         if agent.pid not in self.leaders:
             return []
         denied = [] if self._signal_leader(agent, number) else [agent.pid]
-        return denied + _send(self.members([agent])[agent.id], number)
+        return denied + tree.send_all(self.members([agent])[agent.id][:most], number)
 
     def go_on(self, agent: Agent, but: Mapping[str, int]) -> list[int]:
         """SIGCONT to all `but` some, by pid and start; return as `signal`. Children first: a shell that went on before
         its job would see it stopped, and take the terminal from it."""
         if agent.pid not in self.leaders:
             return []
-        denied = _send((proc for proc in reversed(self.members([agent])[agent.id])
+        denied = tree.send_all((proc for proc in reversed(self.members([agent])[agent.id])
                         if but.get(str(proc.pid)) != proc.start), SIGCONT)
         return denied if self._signal_leader(agent, SIGCONT) else [agent.pid, *denied]
 
@@ -223,9 +245,4 @@ class Family:
 
     def hang_up(self, agent: Agent) -> None:
         """SIGHUP, as from a terminal that is gone, to those of a tree that ignore SIGTERM: shells at a terminal do."""
-        _send((proc for proc in self.whole(agent) if tree.ignores(proc.pid, SIGTERM)), SIGHUP)
-
-
-def _send(procs: Iterable[Proc], number: int) -> list[int]:
-    """Signal some processes; return the pids of those that we may not signal."""
-    return [proc.pid for proc in procs if tree.send(proc, number) == tree.NOT_PERMITTED]
+        tree.send_all((proc for proc in self.whole(agent) if tree.ignores(proc.pid, SIGTERM)), SIGHUP)

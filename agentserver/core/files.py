@@ -27,13 +27,17 @@ class NotAFile(OSError):
 
 
 def make_directory(path: str) -> None:
-    """Make the directory of an agent, and the one that holds those of all agents, for our own user only."""
-    for each in (os.path.dirname(path), path):
-        try:
-            os.mkdir(each, 0o700)
-            os.chmod(each, 0o700)
-        except FileExistsError:
-            pass
+    """Make the directory of an agent, and the one that holds those of all agents."""
+    make_private(os.path.dirname(path))
+    make_private(path)
+
+
+def make_private(path: str) -> None:
+    """Make a directory, if it is not there, for our own user only, whatever the umask is."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
 
 
 def open_file(directory: str, name: str, flags: int) -> int:

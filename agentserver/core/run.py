@@ -47,7 +47,8 @@ class Run:
     """See the module. `ends` are what `process.ends` made, or what a core before us has left of it."""
 
     __slots__ = ("_agent_id", "_desk", "_fds", "_losses", "_watches", "_wide",
-                 "ended", "leaked", "ladder", "limit", "output", "pidfd", "shared", "stdin", "survivors", "terminal")
+                 "ended", "killer", "leaked", "ladder", "limit", "output", "pidfd", "shared", "stdin", "survivors",
+                 "terminal")
 
     def __init__(self, agent_id: str, ends: Mapping[str, int], terminal: Terminal | None, output: OutputLog,
                  stdin: Stdin, desk: Desk) -> None:
@@ -66,6 +67,7 @@ class Run:
         self.ladder: Timer | None = None     # the next rung of the stop ladder
         self.limit: Timer | None = None      # when limits.runtime_secs is reached
         self.ended: Ended | None = None      # set when the leader was reaped
+        self.killer: Timer | None = None     # the next of a large tree that are killed
         self.leaked: dict[int, str] = {}     # pid -> command of what had to be killed
         self.survivors: list[Json] = []      # what could not be, and why: see ending.py
         self.pidfd: Watch | None = None      # where nobody of ours is the leader's parent
@@ -153,6 +155,6 @@ class Run:
         if self.pidfd is not None and self.pidfd.active:
             self._desk.reactor.unwatch(self.pidfd)
             os.close(self.pidfd.fd)
-        for timer in (self.ladder, self.limit):
+        for timer in (self.ladder, self.limit, self.killer):
             if timer is not None:
                 timer.cancel()

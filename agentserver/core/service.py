@@ -87,7 +87,7 @@ class Service:
         self._keeper = keeper
         self._last_words = LastWords("ends.jsonl")
         self._witness = Witness(os.path.join(config.state_dir, "spawning"))
-        family = Family(tree.become_subreaper(), self._keeper, self.facts.parts)
+        family = Family(tree.become_subreaper(), self._keeper, self.facts.parts, self.reactor.clock)
         self.supervisor = Supervisor(self._config, self.reactor, self.scheduler, self.registry, feed, self._pushing,
                                      self.counters, os.environ, inherited, family, self._last_words,
                                      self._witness, self._keeper, say)

@@ -1,7 +1,7 @@
 """Trees that are to stand still: SIGSTOP to all of it, step by step, until all of it is seen to.
 
 Owns:    the order in which a tree is stopped, and the replies that wait until it is.
-Runs in: the core's thread; each step is a deadline, and nothing waits.
+Runs in: the core's thread, as a task of the scheduler for all trees together; nothing waits.
 Unaware: of requests, and of why a tree is stopped or when it goes on.
 
 At a terminal each is stopped only when its parent is seen to stand still: a shell that sees its job stop takes the
@@ -10,13 +10,15 @@ terminal from it when it goes on. A process may fork while it is being stopped, 
 from __future__ import annotations
 
 from signal import SIGSTOP
-from typing import Callable
+from typing import Callable, Generator
 
 from . import lifecycle, tree
 from .agent import Agent
 from .family import Family
 from .pending import Pending
 from .reactor import Reactor
+from .rounds import each
+from .scheduler import Scheduler, Task
 from .tree import Proc
 
 STEP_SECS = 0.001   # between two looks at a tree, or four times what a look costs, if that is longer
@@ -29,18 +31,21 @@ STILL = "TtZX"      # states in /proc/PID/stat of what stands still or is dead
 class _Tree:
     """One tree, as it was seen last."""
 
-    __slots__ = ("agent", "known", "since")
+    __slots__ = ("agent", "due", "known", "since")
 
     def __init__(self, agent: Agent, since: float) -> None:
-        self.agent, self.since = agent, since
+        self.agent, self.since, self.due = agent, since, since
         self.known: list[Proc] = []
 
 
 class Standstill:
     """See the module. `save(agent)` puts on disk who of a tree was stopped by us after all."""
 
-    def __init__(self, reactor: Reactor, family: Family, save: Callable[[Agent], None]) -> None:
-        self._reactor, self._family, self._save = reactor, family, save
+    def __init__(self, reactor: Reactor, scheduler: Scheduler, family: Family,
+                 save: Callable[[Agent], None]) -> None:
+        self._reactor, self._scheduler, self._family, self._save = reactor, scheduler, family, save
+        self._task: Task | None = None
+        self._began = 0.0  # when the steps at work began
         self._trees: dict[str, _Tree] = {}  # those that may still move, by agent
         self._begun: set[str] = set()       # for the request that is being handled
         self._held: list[tuple[set[str], Pending, bytes]] = []
@@ -62,6 +67,7 @@ class Standstill:
             return
         self._trees[agent.id] = moving = _Tree(agent, self._reactor.clock())
         self._step(moving)
+        self._work()
 
     def take(self) -> set[str]:
         """Return whose trees were stopped since this was asked last: a request that is handled in steps keeps them
@@ -86,16 +92,32 @@ class Standstill:
 
     # ------------------------------------------------------------ steps
 
+    def _work(self) -> None:
+        """Look after all trees that may still move."""
+        if self._trees and (self._task is None or self._task.done):
+            self._task = self._scheduler.add("", self._steps())
+
+    def _steps(self) -> Generator[None, None, None]:
+        now = self._began = self._reactor.clock()
+        due = [self._trees[agent_id].agent for agent_id in list(self._trees) if self._trees[agent_id].due <= now]
+        yield from each(due, self._look_after, self._reactor, "the pause of an agent")
+        if self._trees:
+            self._reactor.at(min(moving.due for moving in self._trees.values()), self._work)
+
+    def _look_after(self, agent: Agent) -> None:
+        moving = self._trees.get(agent.id)
+        self._family.recent(self._began)
+        if moving is not None:  # else it went on meanwhile
+            self._step(moving)
+
     def _step(self, moving: _Tree) -> None:
         agent, now = moving.agent, self._reactor.clock()
-        if self._trees.get(agent.id) is not moving:  # it went on meanwhile, and was stopped again
-            return
         if not _to_stand_still(agent) or self._stands_still(moving, now - moving.since):
             del self._trees[agent.id]
             self._release(agent.id)
             return
-        cost = self._reactor.clock() - now
-        self._reactor.after(max(STEP_SECS, 4 * cost), lambda: self._step(moving))
+        later = self._reactor.clock()
+        moving.due = later + max(STEP_SECS, 4 * (later - now))
 
     def _stands_still(self, moving: _Tree, secs: float) -> bool:
         """Stop who can be stopped now; return whether there is nobody, or no time, left."""

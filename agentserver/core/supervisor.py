@@ -6,9 +6,7 @@ Unaware: of messages, replies and request ids (control.py), and of sockets (serv
 """
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
 import time
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from typing import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,18 +30,19 @@ from .process import signal_name
 from .pushing import Pushing
 from .reactor import Reactor
 from .registry import Ask, Registry
+from .rounds import each
 from .run import Run
-from .scheduler import Scheduler
+from .scheduler import Scheduler, Task
 from .standstill import Standstill
 from .starting import Starting
 from .stdin import Stdin
 from .takeover import Keeper
 from .terminal import Terminal
+from .trash import Trash
 from .witness import Witness
 
 SERVER = Ask("server")
 NAMED_MOST = 100        # processes of one agent that may not be signalled
-RETAIN_MOST = 20        # agents that are forgotten in one turn
 KILL_MARGIN_SECS = 1.0  # of a shutdown's time is kept for SIGKILL to do its work
 
 
@@ -63,9 +62,11 @@ class Supervisor:
         self._say, self.boot = say, tree.boot_id()
         self.family, self._keeper = family, keeper
         self.starting = Starting(config, registry, environ, inherited, witness, keeper, self.directory, reactor.clock)
-        self.ending = Ending(reactor, family, last_words, config.drain_secs, config.finish_secs, self.on_end,
+        self.ending = Ending(reactor, scheduler, family, last_words, config.drain_secs, config.finish_secs, self.on_end,
                              self.save, self.not_permitted, say)
-        self.standstill = Standstill(reactor, family, self.save)
+        self.standstill = Standstill(reactor, scheduler, family, self.save)
+        self._trash = Trash(os.path.join(config.state_dir, "trash"), scheduler, reactor.clock, say)
+        self._retaining: Task | None = None
         self._losses = Losses(reactor, feed, self.save, lambda: bool(registry.trouble), say)
         self._after_commit: list[Callable[[], None]] = []
         self.state = "up"  # up, draining, down
@@ -152,6 +153,7 @@ class Supervisor:
         self._names = Names((agent.id, agent.name) for agent in self.agents.values())
         for agent in self.agents.values():
             self.registry.know(agent)
+        self._trash.finish()
         ended = [agent for agent in self.agents.values() if agent.terminal]
         last = self.registry.last_events()  # in the order of these, whatever the clock was set to
         self._finished = {agent.id: None for agent in sorted(
@@ -380,7 +382,7 @@ class Supervisor:
     def _erase(self, agent: Agent) -> None:
         agent.output.close()
         self.registry.remove_agent(agent.id)
-        shutil.rmtree(self.directory(agent.id), ignore_errors=True)
+        self.after_commit(lambda: self._trash.throw(self.directory(agent.id)))
 
     # ------------------------------------------------------------ what happens to them
 
@@ -404,7 +406,9 @@ class Supervisor:
         self._keeper.release(agent_id, names)
 
     def _limit(self, agent: Agent, which: str) -> None:
-        if agent.run is not None and agent.alive and agent.ending is None:
+        run = agent.run
+        if run is not None and run.ended is None and agent.alive and agent.ending is None:
+            run.limit = self.reactor.after(1.0, lambda: self._limit(agent, which))  # if what follows fails
             self.feed.agent_event(agent.id, "status_changed", agent.status, f"{which} is reached, so it is ended",
                                   {"limit": which})
             self.stop(agent, SERVER, None, f"limit:{which}")
@@ -470,14 +474,23 @@ class Supervisor:
                     self._keeper.hold_pid(agent.id, agent.pid, agent.start)
 
     def retain(self) -> None:
-        """Forget the oldest finished agents past `history_agents` or `history_secs`, some at once."""
-        oldest_kept = self.registry.age_time() - self.config.history_secs
-        for agent in [self.agents[agent_id] for agent_id in itertools.islice(self._finished, RETAIN_MOST)]:
-            if len(self._finished) <= self.config.history_agents and (agent.finished_at or 0) >= oldest_kept:
+        """Forget the oldest finished agents past `history_agents` or `history_secs`."""
+        if self._retaining is None or self._retaining.done:
+            self._retaining = self._each(self._too_old(), self._forget, "the removal of an agent")
+
+    def _too_old(self) -> Iterator[Agent]:
+        """Yield the oldest finished agent for as long as it is one too many; whoever asks forgets it."""
+        before = ""
+        while self._finished and (oldest := next(iter(self._finished))) != before:
+            agent, before = self.agents[oldest], oldest
+            kept = (agent.finished_at or 0) >= self.registry.age_time() - self.config.history_secs
+            if kept and len(self._finished) <= self.config.history_agents:
                 return
-            self._forget(agent)
-        if self._finished:
-            self.reactor.after(0, self.retain)
+            yield agent
+
+    def _each(self, agents: Iterable[Agent], deed: Callable[[Agent], object], what: str) -> Task:
+        """Do something to many agents, while others are served."""
+        return self.scheduler.add("", each(agents, deed, self.reactor, what))
 
     def heartbeat(self) -> None:
         """Tell listeners who is there, and whose output has grown; also of the ended, where somebody asked for one."""
@@ -486,12 +499,9 @@ class Supervisor:
         if not self.feed.anyone:
             return
         self.greet()
-        for agent in self.live:
-            self.beat(agent)
-        for topic in self.feed.topics:
-            ended = self.agents.get(topic[7:]) if topic.startswith("status.") else None
-            if ended is not None and not ended.alive:
-                self.beat(ended)
+        followed = (self.agents.get(topic[7:]) for topic in self.feed.topics if topic.startswith("status."))
+        ended = [agent for agent in followed if agent is not None and not agent.alive]
+        self._each([*self.live, *ended], self.beat, "the heartbeat of an agent")
 
     def beat(self, agent: Agent, only: Subscriber | None = None) -> None:
         """Tell listeners, or a new one, how an agent is and where its output stands."""
@@ -522,20 +532,27 @@ class Supervisor:
             self._maybe_down()
             return
         self.ending_all = True
-        bound = max(0.0, self.config.shutdown_timeout_secs - KILL_MARGIN_SECS)
-        for agent in self.live:
-            if agent.run is not None and agent.run.ended is None:
+        bound, began = max(0.0, self.config.shutdown_timeout_secs - KILL_MARGIN_SECS), self.reactor.clock()
+
+        def stop(agent: Agent) -> None:
+            self.family.recent(began)
+            if agent.alive and agent.run is not None and agent.run.ended is None:
                 grace = agent.grace_secs if grace_secs is None else grace_secs
-                self.reactor.guard("stopping an agent", self.stop, agent, ask, min(grace, bound), "shutdown")
+                self.stop(agent, ask, min(grace, bound), reason="shutdown")
+        self._each(self.live, stop, "stopping an agent")
         self.reactor.after(bound, self.hurry)
         self.reactor.after(self.config.shutdown_timeout_secs, self._down)
         self._maybe_down()
 
     def hurry(self) -> None:
         """SIGKILL whatever still runs."""
-        for agent in self.live:
-            if agent.run is not None and agent.run.ended is None:
-                self.reactor.guard("killing an agent", self.kill, agent, SERVER, "shutdown")
+        began = self.reactor.clock()
+
+        def kill(agent: Agent) -> None:
+            self.family.recent(began)
+            if agent.alive and agent.run is not None and agent.run.ended is None:
+                self.kill(agent, SERVER, "shutdown")
+        self._each(self.live, kill, "killing an agent")
 
     def _maybe_down(self) -> None:
         if self.state == "draining" and not self.active:
@@ -545,12 +562,21 @@ class Supervisor:
         if self.state != "down":
             for agent in self.live:
                 self._say(f"{agent.label()} could not be ended in time")
-            for proc in self.family.everyone():
-                may = tree.send(proc, SIGKILL) != tree.NOT_PERMITTED
-                self._say(f"process {proc.pid}, left by an agent that has ended, " + (
-                    "is killed" if may else "runs on: it is another user's, and the server may not signal it"))
+            self._kill_leftovers()
             self.announce("down")
             self._on_down()
+
+    def _kill_leftovers(self) -> None:
+        """Leave nothing that agents have left; what forks faster than it is found is looked for again."""
+        until = self.reactor.clock() + KILL_MARGIN_SECS
+        left = self.family.everyone()
+        for proc in left:
+            self._say(f"process {proc.pid}, left by an agent that has ended, is killed")
+        while left and self.reactor.clock() < until:
+            stuck = {(proc.pid, proc.start) for proc in tree.end(left, KILL_MARGIN_SECS / 4)}
+            left = [proc for proc in self.family.everyone() if (proc.pid, proc.start) not in stuck]
+        for proc in self.family.everyone():
+            self._say(f"process {proc.pid} runs on: it cannot be killed, or the server is not permitted to")
 
 
 def summary(record: Json) -> str:

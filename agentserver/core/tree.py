@@ -309,6 +309,11 @@ def send(proc: Proc, number: int) -> str:
             os.close(fd)
 
 
+def send_all(procs: Iterable[Proc], number: int) -> list[int]:
+    """Signal some processes; return the pids of those that we may not signal."""
+    return [proc.pid for proc in procs if send(proc, number) == NOT_PERMITTED]
+
+
 def usage(pid: int) -> dict[str, float | int]:
     """Return what a process uses now: resident memory, CPU time, open descriptors."""
     size = _read(f"{_PROC}/{pid}/statm", 256).split()
