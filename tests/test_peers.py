@@ -201,3 +201,7 @@ def test_where_the_system_does_not_tell_the_mode_of_the_socket_has_to_do(
     assert peers.shell(HELLO, OURS) is not None
     monkeypatch.setattr(peers, "_flocks", set)
     assert peers.shell(HELLO, OURS) is not None
+    monkeypatch.setattr(peers, "_flocks", lambda: {(os.getpid(), "00:01", 1)})  # a file system with numbers of its own
+    assert peers.shell(HELLO, OURS) is not None
+    os.unlink("core.lock")
+    assert peers.shell(HELLO, OURS) is None

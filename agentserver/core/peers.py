@@ -24,7 +24,7 @@ from . import process, tree
 from .framing import FramingError
 
 T = TypeVar("T")
-SHELL_LOCK, KEEPER_LOCK = "shell.lock", "keeper.lock"  # in the state directory, which the core works in
+CORE_LOCK, SHELL_LOCK, KEEPER_LOCK = "core.lock", "shell.lock", "keeper.lock"  # in the core's working directory
 _LOOKS = 3            # at /proc/locks, which may skip a line while others come and go
 _MAC_PEER = (0, 2)    # SOL_LOCAL, LOCAL_PEERPID (sys/un.h of macOS)
 
@@ -120,17 +120,23 @@ def _holds(pid: int, path: str) -> bool | None:
             locks = _flocks()
         except (OSError, ValueError, IndexError):
             return None
-        # /proc/locks may number a file system otherwise than stat(2); the line of our own `core.lock` tells its number
-        disks = {disk for holder, disk, _inode in locks if holder == os.getpid()}
+        # /proc/locks may number a file system otherwise than stat(2); the line of our own lock tells its number. Where
+        # there is no such line, files are numbered otherwise as well
+        ours = _inode(CORE_LOCK)
+        disks = {disk for holder, disk, inode in locks if holder == os.getpid() and ours in (inode, 0)}
         if not disks:
             return None
-        try:
-            wanted = os.stat(path).st_ino
-        except OSError:
-            return False
-        if any((pid, disk, wanted) in locks for disk in disks):
+        if any((pid, disk, _inode(path)) in locks for disk in disks):
             return True
     return False
+
+
+def _inode(path: str) -> int:
+    """Return the number of a file, 0 if there is none."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return 0
 
 
 def _flocks() -> set[tuple[int, str, int]]:
