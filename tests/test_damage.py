@@ -23,6 +23,7 @@ from wire import LineWire, alive, new_id
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")
 GARBAGE = ("{broken", "", None, -1, 2 ** 60, 1.5, b"\xff\xfe\x00", "[" * 2000, '{"id":5}', "\U0001f600")
+LARGE = {f"label {n}": "x" * 200 for n in range(50)}  # such a record is stored in two parts
 FILES = ("registry.db", "registry.db-wal", "registry.db-shm")
 
 
@@ -295,7 +296,7 @@ class Watched:
     def fill(self) -> None:
         with LineWire(self.server.socket_path) as wire:
             while len(self.pids) < 2:
-                ref = wire.spawn("sleeper", name=f"n{new_id()[:8]}", metadata={"a": "b" * 5000})
+                ref = wire.spawn("sleeper", name=f"n{new_id()[:8]}", labels=LARGE)
                 wire.control(ref, "write_stdin", data="x")  # so that there is a row of each table
                 self.pids[ref] = wire.info(ref)["pid"]
             for each in wire.agents(all=True):

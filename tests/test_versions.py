@@ -76,8 +76,9 @@ def test_agents_live_through_another_version_and_back(first: str, old: Path, sta
     changing = Changing(start_server, short_dir(run_dir), versions[0])
     server = changing.server
     with LineWire(server.socket_path) as wire:
-        busy, echo = wire.spawn("lines", 0, 2000, tmp_path / "sums"), wire.spawn("echo")
-        late, pty = wire.spawn("echo"), wire.spawn("sleeper", stdin="pty", ready=False)
+        large = {f"label {n}": "x" * 200 for n in range(50)}  # such a record is not written whole each time
+        busy, echo = wire.spawn("lines", 0, 2000, tmp_path / "sums"), wire.spawn("echo", labels=large)
+        late, pty = wire.spawn("echo", labels=large), wire.spawn("sleeper", stdin="pty", ready=False)
         wire.until_output(pty, b"ready")
         ending = [wire.spawn("catcher", 1, 5), wire.spawn("catcher", 1, 6), wire.spawn("catcher", 1, 7)]
         wire.control(late, "pause")
@@ -89,6 +90,7 @@ def test_agents_live_through_another_version_and_back(first: str, old: Path, sta
         kill_core(server)
         with LineWire(server.socket_path) as wire:
             assert {each: wire.info(each)["pid"] for each in pids} == pids
+            assert wire.info(echo)["labels"] == wire.info(late)["labels"] == large
             wire.control(echo, "write_stdin", data=f"{code}\n")
             wire.control(ending[code - 5], "signal", signal="SIGUSR1")
             assert wire.exit(ending[code - 5])["code"] == code
