@@ -1,13 +1,15 @@
 """No core comes back, and the server is told to end: its agents end all the same, and are named.
 
-Owns:    broken code and a registry that cannot be opened, with agents that resist.
+Owns:    broken code and a registry that no core here understands, with agents that resist.
 Runs in: the test process; it signals only the parts of servers that it started.
 Unaware: of how a core ends agents (test_shutdown.py).
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Callable
@@ -25,12 +27,12 @@ def broken_code(package: Path, server: Server) -> None:
     (package / "core" / "service.py").write_text("raise RuntimeError('broken')\n")
 
 
-def no_registry(package: Path, server: Server) -> None:
-    (server.state_dir / "registry.db").rename(server.state_dir / "away")
-    (server.state_dir / "registry.db").mkdir()
+def newer_registry(package: Path, server: Server) -> None:
+    with contextlib.closing(sqlite3.connect(server.state_dir / "registry.db")) as db:
+        db.execute("PRAGMA user_version = 1000000")
 
 
-@pytest.mark.parametrize("broken", [broken_code, no_registry])
+@pytest.mark.parametrize("broken", [broken_code, newer_registry])
 @pytest.mark.parametrize("hurry", [False, True], ids=["", "hurried"])
 def test_no_core_comes_back(broken: Callable[[Path, Server], None], hurry: bool, start_server: Callable[..., Server],
                             run_dir: Path) -> None:

@@ -25,16 +25,14 @@ from . import leftovers, privacy, process, tree
 from .channel import Json
 from .finding import find
 from .held import Held
-from .lock import restore
 from .log import Log
 from .notify import Notify, stored
+from .oversight import Oversight
 from .part import Part
-from .pulse import Pulse
-from .renew import Trial, become, stamp
+from .renew import Renewal, become
 
 WORDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # what a person or a service manager says to us
 PART_STOP_SECS = 5.0         # for a part to leave when told, before it is killed
-LOCK_SECS = 6.0              # between two looks at whether our lock's file is still there
 RELOAD_SECS = 60.0           # for a successor to serve, before it is killed and the core before it goes on
 
 
@@ -45,7 +43,7 @@ class Keeper:
                  log: str) -> None:
         self._config, self._on_ready, self._lock, self._log = config, on_ready, lock, log
         self._say = Log(log or None, config.log_bytes)
-        self._stamp, self._renewing, self._reload_asked = stamp(process.home()), False, False
+        self._renewal, self._reload_asked = Renewal(self._say), False
         self._started_at, self._generation = time.time(), 1
         self._core_bytes = privacy.shield()
         self._nofile = process.raise_descriptor_limit()[0]
@@ -56,10 +54,7 @@ class Keeper:
         self._next: Part | None = None     # a successor of the core, while a reload is under way
         self._why = ""                     # it failed, the last time that one did
         self._before: Part | None = None   # the core that a successor has replaced, until it has left
-        self._pulse = Pulse(self._stands_still, news=self._news)
-        self._lock_at, self._lock_lost = 0.0, False
-        self._told: Json = {}              # what of the parts the core is to tell whoever asks
-        self._trial: Trial | None = None   # a look at our own new code that is under way
+        self._oversight = Oversight(self._held, lock, config.state_dir, self._say, self._news)
         self._announced = False
         self._serves = False    # the server has been up, perhaps before us: whatever we cannot do, its agents live on
         self._stopping = 0.0    # monotonic time by which the core has to be gone
@@ -84,7 +79,8 @@ class Keeper:
 
     @property
     def _cores(self) -> list[Part]:
-        return [part for part in self._everyone if part is not self._shell]
+        """Return those that are agents' parents: not one that only stands by."""
+        return [self._core] + ([self._before] if self._before is not None else [])
 
     def run(self) -> int:
         """Serve until the core is done; return the exit code. Raise `StartError` if the server cannot start at all."""
@@ -137,7 +133,7 @@ class Keeper:
     def _hello(self, **more: object) -> Json:
         return {"config": self._config.to_json(), "started_at": self._started_at, "generation": self._generation,
                 "keeper_pid": os.getpid(), "nofile": self._nofile, "core_bytes": self._core_bytes,
-                "holds_listeners": True, "parts": self._told, **more}
+                "holds_listeners": True, "parts": self._oversight.told, **more}
 
     def _news(self, part: Part) -> Json:
         """Return what the core is told together with a question whether it answers: what it may not look up itself."""
@@ -205,8 +201,7 @@ class Keeper:
         due = [part.again_at for part in self._missing()] + self._notify.due
         due += [self._stopping] if self._stopping else []
         due += [self._next.began + RELOAD_SECS] if self._next is not None and self._next.pid else []
-        due += [self._trial.until] if self._trial is not None and self._trial.code is None else []
-        due += self._pulse.due(self._watched)
+        due += self._renewal.due + self._oversight.due(self._watched)
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         channels = {part.channel.fileno(): part for part in self._everyone if part.channel is not None}
@@ -219,7 +214,7 @@ class Keeper:
             else:
                 self._on_signals(self._wake.recv(4096))
         self._notify.work()
-        self._look_after_parts()
+        self._oversight.work(self._core, self._watched)
         self._kill_overdue(time.monotonic())
 
     @property
@@ -228,42 +223,6 @@ class Keeper:
         server's end."""
         shell = [self._shell] if self._shell is not None and self._core.ready and not self._stopping else []
         return [part for part in (self._core, *shell) if part.channel is not None and (part.answers or part.starts)]
-
-    def _look_after_parts(self) -> None:
-        """Kill the parts that stand still; their ends come as SIGCHLD. And ask again for what we had no room for."""
-        for part in self._pulse.work(self._watched):
-            stamp_now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            self._told.update(stands_still="", last_killed=f"{stamp_now}: {part.killed}")
-            self._tell_core()
-            process.send(part.pid, signal.SIGKILL)
-        self._keep_lock()
-        lost = self._held.lost(time.monotonic()) if self._core.channel is not None else []
-        if lost and self._core.channel is not None:
-            self._say(f"there was no room for descriptors of {len(lost)} agents, which a death of the core would cost; "
-                      "raise the limit (ulimit -Hn)")
-            self._core.channel.send({"hold_again": lost})
-
-    def _keep_lock(self) -> None:
-        """A cleaner of old files may remove our lock's file; then another `serve` would take itself for the first."""
-        if time.monotonic() < self._lock_at:
-            return
-        self._lock_at = time.monotonic() + LOCK_SECS
-        try:
-            restore(self._lock, os.path.join(self._config.state_dir, "keeper.lock"))
-        except (OSError, StartError) as e:
-            if not self._lock_lost:
-                self._say(f"the lock of {self._config.state_dir} was removed and cannot be had again: {e}")
-            self._lock_lost = True
-
-    def _stands_still(self, part: Part, sentence: str) -> None:
-        """A part does not answer, or ("") does again: say so, and let the core tell whoever asks."""
-        self._say(sentence or f"the {part.name} (process {part.pid}) answers again")
-        self._told["stands_still"] = sentence
-        self._tell_core()
-
-    def _tell_core(self) -> None:
-        if self._core.channel is not None and self._core.answers:
-            self._core.channel.send({"parts": self._told})
 
     def _kill_overdue(self, now: float) -> None:
         """End the cores that had to be gone, or to serve, by now; their ends come as SIGCHLD."""
@@ -276,8 +235,7 @@ class Keeper:
         elif self._next is not None and self._next.pid and now >= self._next.began + RELOAD_SECS:
             self._next.failed = f"the new core did not serve after {RELOAD_SECS:g} s"
             process.send(self._next.pid, signal.SIGKILL)
-        if self._trial is not None and self._trial.late(now):
-            self._say("the keeper's new code did not load in time")
+        self._renewal.end_late(now)
 
     def _listen_to(self, part: Part) -> None:
         """Take what a part says, to the last word: a dead core's descriptors are still in the socket."""
@@ -328,7 +286,7 @@ class Keeper:
         elif "ready" in word and part is following:
             self._core, self._next, self._before = following, None, core if core.pid else None
             self._generation += 1
-            self._renewing = True
+            self._renewal.ask()
             self._notify.ready()
             if core.channel is not None:
                 core.channel.send({"leave": True})
@@ -336,37 +294,26 @@ class Keeper:
                 self._shell.stop(again=True)  # it is started again with the new code, on the same endpoints
 
     def _renew(self) -> None:
-        """After a reload: if our own code has changed too, become it, in place; the parts need not notice. Whether it
-        can be loaded, a process of its own finds out first, for which nobody waits."""
+        """After a reload: if our own code has changed too, become it, in place; the parts need not notice."""
         parts = [part for part in self._everyone if part.pid]
         quiet = self._notify.quiet and self._next is None and self._before is None and all(
             part.channel is not None and part.ready and part.channel.quiet for part in parts)
-        if not self._renewing or not quiet or self._stopping or len(parts) != len(self._parts):
+        if not quiet or self._stopping or len(parts) != len(self._parts):
             return
         try:
-            if self._trial is None:
-                found = stamp(process.home())
-                self._renewing = found != self._stamp
-                self._trial = Trial(found) if self._renewing else None
-            elif self._trial.code is not None:
-                code, found, self._trial, self._renewing = self._trial.code, self._trial.found, None, False
-                if code:
-                    self._stay("it cannot be loaded")
-                else:
-                    self._become(found)
+            found = self._renewal.step()
+            if found is not None:
+                self._become(found)
         except OSError as e:
-            self._renewing = False
-            self._stay(str(e))
-
-    def _stay(self, why: str) -> None:
-        self._say(f"the keeper's own code has changed, and it stays what it was until the next reload: {why}")
+            self._renewal.stay(str(e))
 
     def _become(self, found: tuple[int, ...]) -> None:
         """Become our newer version, unless something has been said that we have not acted on: then a little later."""
         signal.pthread_sigmask(signal.SIG_BLOCK, WORDS)  # what comes from now on waits for the new one of us
         try:
-            self._renewing = self._word_waits()  # first what has come already
-            if not self._renewing:
+            if self._word_waits():  # first what has come already
+                self._renewal.ask()
+            else:
                 self._execute(found)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -376,7 +323,7 @@ class Keeper:
         state = {"state_dir": self._config.state_dir, "config": self._config.to_json(), "lock": self._lock,
                  "log": self._log, "started_at": self._started_at, "generation": self._generation,
                  "nofile": self._nofile, "core_bytes": self._core_bytes, "core": self._core.state(), "held": held,
-                 "ends": ends, "stamp": found,
+                 "ends": ends, "stamp": found, "told": self._oversight.told,
                  "shell": self._shell.state() if self._shell is not None else None}
         fds = [fd for names in held.values() for fd in names.values()]
         fds += [fd for part in self._parts for fd in part.descriptors]
@@ -394,7 +341,8 @@ class Keeper:
         """Go on as the newer version of the keeper that wrote `state`."""
         self._started_at, self._generation, self._nofile = state["started_at"], state["generation"], state["nofile"]
         self._core_bytes = state.get("core_bytes", self._core_bytes)
-        self._stamp = tuple(state.get("stamp", self._stamp))  # what changed since then may not be what was imported
+        self._renewal.restore(state.get("stamp"))
+        self._oversight.told = state.get("told", {})
         self._core.restore(state["core"])
         if self._shell is not None:
             self._shell.restore(state["shell"])
@@ -444,9 +392,7 @@ class Keeper:
                     return code
         for pid, ended, seen in process.collect(tree.look):
             part = next((part for part in self._everyone if part.pid == pid), None)
-            if part is None and self._trial is not None and pid == self._trial.pid:
-                self._trial.code = ended.code if ended.code is not None else -1
-            elif part is None:
+            if part is None and not self._renewal.ended(pid, ended):
                 if any(core.pid and (core.channel is None or core.channel.hung_up) for core in self._cores):
                     self._held.core_ended()  # it hung up, and is just ending: its children may be seen to end before it
                 self._held.ended(pid, ended, seen, self._serving().channel)
@@ -472,7 +418,7 @@ class Keeper:
 
     def _part_ended(self, part: Part, code: int) -> int | None:
         ready = part.ready
-        if part is not self._shell:
+        if part in self._cores:
             self._held.core_ended()
         part.dead()
         if part is self._before:
@@ -529,8 +475,7 @@ class Keeper:
 
     def _end_parts(self) -> None:
         """Let the parts that still run leave, core first; kill what does not."""
-        if self._trial is not None and self._trial.code is None:
-            process.send(self._trial.pid, signal.SIGKILL)
+        self._renewal.end_late(float("inf"))
         for part in self._parts:
             part.stop()
         until = time.monotonic() + PART_STOP_SECS

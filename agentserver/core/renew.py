@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from typing import Iterable, NoReturn
+from typing import Callable, Iterable, NoReturn, Sequence
 
 from . import process
 from .channel import Json
@@ -35,21 +35,71 @@ def stamp(path: str) -> tuple[int, ...]:
 
 
 class Trial:
-    """A process that loads the code which is on disk now, and ends. A keeper that could not load its new code would be
-    a dead one; one that waited for the trial would hear nothing meanwhile, so its end is heard as all others are."""
+    """A process that loads the code which is on disk now, and ends. `found` is that code's stamp."""
 
     def __init__(self, found: tuple[int, ...]) -> None:
-        self.found = found  # the stamp of what is tried
+        self.found = found
         self.pid = process.start([*process.program(), "_check"], {})
         self.until = time.monotonic() + TRIAL_SECS
         self.code: int | None = None
 
-    def late(self, now: float) -> bool:
-        """End it if it has taken too long; return whether that was so."""
-        if self.code is not None or now < self.until:
+
+class Renewal:
+    """Whether we are to become our newer version, and can. A keeper that could not load its new code would be a dead
+    one, so a process of its own tries that first; its end is heard like all others, and nobody waits for it."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._stamp = say, stamp(process.home())
+        self._wanted = False
+        self._trial: Trial | None = None
+
+    def restore(self, found: Sequence[int] | None) -> None:
+        """Note which code we became: what changed since then may not be what was imported."""
+        self._stamp = tuple(found) if found is not None else self._stamp
+
+    def ask(self) -> None:
+        """Look whether our code has changed."""
+        self._wanted = True
+
+    def step(self) -> tuple[int, ...] | None:
+        """Do what is to be done now; return the stamp of what we are to become, when it was seen to load."""
+        trial = self._trial
+        if not self._wanted or (trial is not None and trial.code is None):
+            return None
+        found, self._trial = stamp(process.home()), None
+        if trial is not None and trial.found == found:
+            self._wanted = False
+            if trial.code == 0:
+                return found
+            self.stay("it cannot be loaded")
+        elif found != self._stamp:
+            self._trial = Trial(found)
+        else:
+            self._wanted = False
+        return None
+
+    def stay(self, why: str) -> None:
+        """Say that we do not become it."""
+        self._wanted = False
+        self._say(f"the keeper's own code has changed, and it stays what it was until the next reload: {why}")
+
+    @property
+    def due(self) -> list[float]:
+        """When `end_late` has to be called."""
+        return [self._trial.until] if self._trial is not None and self._trial.code is None else []
+
+    def end_late(self, now: float) -> None:
+        """Kill the process that tries our new code, if it has not ended by its time."""
+        trial = self._trial
+        if trial is not None and trial.code is None and now >= trial.until:
+            trial.until = time.monotonic() + TRIAL_SECS
+            process.send(trial.pid, signal.SIGKILL)
+
+    def ended(self, pid: int, how: process.Ended) -> bool:
+        """A process has ended; return whether it was the one that tried."""
+        if self._trial is None or pid != self._trial.pid:
             return False
-        self.until = now + TRIAL_SECS
-        process.send(self.pid, signal.SIGKILL)
+        self._trial.code = how.code if how.code is not None else -1
         return True
 
 
