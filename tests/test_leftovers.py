@@ -30,6 +30,8 @@ def broken_code(package: Path, server: Server) -> None:
 def newer_registry(package: Path, server: Server) -> None:
     with contextlib.closing(sqlite3.connect(server.state_dir / "registry.db")) as db:
         db.execute("PRAGMA user_version = 1000000")
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', '1000000')")
+        db.commit()
 
 
 @pytest.mark.parametrize("broken", [broken_code, newer_registry])
