@@ -374,7 +374,8 @@ def json_data(data: bytes) -> tuple[bytes, str]:
     """Return what `wire_text` does, with the text as JSON: the quick way for what is mostly plain ASCII."""
     text, encoding = wire_text(data)
     plain = data if encoding == "utf-8" else text.encode("ascii")
-    if plain.isascii() and len(plain.translate(None, _RARE)) == len(plain):
+    if plain.isascii() and len(plain.translate(None, _RARE)) == len(plain) and len(
+            plain.translate(None, _ESCAPED)) * 16 >= len(plain) * 15:  # a search costs little where it finds little
         for raw, escaped in _ESCAPES:
             plain = plain.replace(raw, escaped)
         return b'"%s"' % plain, encoding
@@ -383,6 +384,7 @@ def json_data(data: bytes) -> tuple[bytes, str]:
 
 #: what JSON must escape and output often holds; the backslash first
 _ESCAPES = ((b"\\", b"\\\\"), (b'"', b'\\"'), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\t", b"\\t"), (b"\x1b", b"\\u001b"))
+_ESCAPED = b"".join(raw for raw, _escaped in _ESCAPES)
 _RARE = bytes(code for code in range(128) if (code < 32 or code == 127) and code not in b"\n\r\t\x1b")
 
 

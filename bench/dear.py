@@ -135,7 +135,8 @@ def spawns() -> Iterator[Case]:
 
 def reads(server: Server) -> Iterator[Case]:
     """Output that is dear to send."""
-    for name, what in (("plain", r"'x' * 63 + '\n'"), ("control characters", r"'\1'"), ("outside ASCII", "'é'")):
+    for name, what in (("lines", r"('x' * 63 + '\n')"), ("empty lines", r"'\n'"), ("control characters", r"'\1'"),
+                       ("outside ASCII", "'é'")):
         agent = server.spawn([sys.executable, "-c", PRINT % what])
         ended(server, agent)
         yield Case(f"read 4 MiB, {name}", control(agent, "read_stdout", offset=0, max_bytes=4 * MIB))

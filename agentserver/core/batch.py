@@ -155,6 +155,6 @@ class _Success:
     def text(self, agent: Agent, data: Json | Encoded) -> str:
         if data != self._data:
             self._data = data
-            self._text = data.json.decode("ascii") if isinstance(data, Encoded) else encode_text(data)
+            self._text = b"".join(data.json).decode("ascii") if isinstance(data, Encoded) else encode_text(data)
         return (f'{{"agent_id":"{agent.id}","success":true,"status":"{agent.status}","error":null,"error_code":null,'
                 f'"data":{self._text}}}')

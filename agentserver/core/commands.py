@@ -30,9 +30,9 @@ REPLY_BYTES = 4096  # of a reply, beside the data of its command
 
 
 class Encoded(NamedTuple):
-    """What a command gives back, as JSON already."""
+    """What a command gives back, as JSON already, in pieces: there can be much of it, and each copy is dear."""
 
-    json: bytes
+    json: list[bytes]
 
 
 class Commands:

@@ -251,8 +251,14 @@ class Connection:
     def answer(self, tag: int, reply: bytes) -> None:
         """Send a reply, at the end of the turn."""
         if self._watch.active:
-            data = reply + b"\n" if self._lines is not None else framing.frame(tag, b"", reply)
-            self._send(Deed(data) if isinstance(reply, Deed) else data)
+            before, after = (b"", b"\n") if self._lines is not None else (framing.frame_head(tag, b"", len(reply)), b"")
+            if isinstance(reply, Deed):
+                self._send(Deed(before + reply + after))
+            elif len(reply) <= PIECE:
+                self._send(before + reply + after)
+            else:  # each copy of what is large is dear
+                for part in filter(None, (before, reply, after)):
+                    self._send(part)
             self._desk.dirty(self)
 
     def mistake(self, error: Exception) -> None:

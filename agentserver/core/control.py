@@ -280,7 +280,7 @@ class Control:
         if isinstance(data, Encoded):
             head = {"type": request.reply, "request_id": ask.request_id, "success": True, "agent_id": agent.id,
                     "status": agent.status}
-            return Done(b'%s,"data":%s}' % (encode(head)[:-1], data.json))
+            return Done(b"".join([encode(head)[:-1], b',"data":', *data.json, b"}"]))
         return {"agent_id": agent.id, "status": agent.status, "data": data}
 
     def _custom_action(self, request: m.CustomActionRequest, ask: Ask, peer: Peer) -> Json:

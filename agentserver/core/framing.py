@@ -124,4 +124,9 @@ class FrameDecoder:
 
 def frame(tag: int, header: bytes, body: bytes) -> bytes:
     """Return one frame."""
-    return b"".join((_HEAD.pack(len(header), len(body), tag), header, body))
+    return b"".join((frame_head(tag, header, len(body)), body))
+
+
+def frame_head(tag: int, header: bytes, size: int) -> bytes:
+    """Return what comes before a body of so many bytes, which is too large to be copied."""
+    return _HEAD.pack(len(header), size, tag) + header

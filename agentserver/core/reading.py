@@ -19,9 +19,9 @@ TIME_BYTES = 54      # of one pair as JSON, at most
 
 
 class Read(NamedTuple):
-    """What is told: an object as JSON, and the offset after it."""
+    """What is told: an object as JSON, in pieces, and the offset after it."""
 
-    json: bytes
+    json: list[bytes]
     next_offset: int
 
 
@@ -41,7 +41,7 @@ def told(output: OutputLog, stream: str, offset: int, most: int, over: bool, tim
         rest["message"] = "the stream has ended" if rest["eof"] else "nothing new"
     if times:
         rest["times"] = _times(output.times(stream, got.offset, last), pairs)
-    return Read(b'{"data":%s,%s' % (text if count else b"null", encode(rest)[1:]), last)
+    return Read([b'{"data":', *(text if count else [b"null"]), b",", encode(rest)[1:]], last)
 
 
 def _times(found: list[tuple[float, int]], most: int) -> list[list[object]]:
@@ -50,27 +50,30 @@ def _times(found: list[tuple[float, int]], most: int) -> list[list[object]]:
     return [[rfc3339(at), stop] for at, stop in found[::-1][::step][::-1]]
 
 
-def _fitting(data: bytes, room: int) -> tuple[bytes, str, int]:
-    """Return as much of some bytes as has room, as a JSON text; its encoding, and how many bytes it is."""
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        count = min(len(data), room // 4 * 3 - 3)
-        return b'"%s"' % b2a_base64(data[:count], newline=False), "base64", count
-    pieces, count, room = [b'"'], 0, room - 2
-    while count < len(data) and room > 0:
+def _fitting(data: bytes, room: int) -> tuple[list[bytes], str, int]:
+    """Return as much of some bytes as has room, as the pieces of a JSON text; its encoding, and how many bytes."""
+    pieces, count, left = [b'"'], 0, room - 2
+    while count < len(data) and left > 0:
         piece = data[count:count + PIECE]
         if len(piece) == PIECE:
             piece = piece[:whole_characters(piece)]
-        text = json_data(piece)[0][1:-1]
-        if len(text) > room:
-            text, piece = _cut(piece, room)
-            room = 0
-        room -= len(text)
+        text, encoding = json_data(piece)
+        if encoding != "utf-8":
+            return _base64(data, room)
+        text = text[1:-1]
+        if len(text) > left:
+            text, piece = _cut(piece, left)
+            left = 0
+        left -= len(text)
         count += len(piece)
         pieces.append(text)
     pieces.append(b'"')
-    return b"".join(pieces), "utf-8", count
+    return pieces, "utf-8", count
+
+
+def _base64(data: bytes, room: int) -> tuple[list[bytes], str, int]:
+    count = min(len(data), room // 4 * 3 - 3)
+    return [b'"', b2a_base64(data[:count], newline=False), b'"'], "base64", count
 
 
 def _cut(piece: bytes, room: int) -> tuple[bytes, bytes]:
