@@ -60,7 +60,16 @@ def main() -> int:
     if part == "_check":
         from agentserver.core import service, serving  # noqa: F401
         return 0
-    from agentserver import cli
+    return _command_line()
+
+
+def _command_line() -> int:
+    try:
+        from agentserver import cli
+    except KeyboardInterrupt:  # so early that nothing of ours could be asked what to do about it
+        import signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     return cli.main()
 
 

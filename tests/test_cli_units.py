@@ -237,6 +237,17 @@ def test_an_error_is_one_line_without_control_characters(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "agentserver: error (agent_not_found): no agent 'a\\nb\\x1b[2J'\n"
 
 
+def test_a_sentence_is_not_as_long_as_what_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["x" * 100_000]) == exits.USAGE
+    assert len(capsys.readouterr().err) < exits.LONGEST_SENTENCE + 100
+
+
+@pytest.mark.parametrize("text", ["99999999999999d", "3651d", "1" * 400])
+def test_no_time_is_longer_than_the_system_can_count(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--timeout", text, "health"]) == exits.USAGE
+    assert "3650 days" in capsys.readouterr().err
+
+
 def test_a_mistake_of_ours_is_a_line_and_no_traceback(monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     def wrong(_given: Any) -> int:
@@ -250,6 +261,16 @@ def test_a_mistake_of_ours_is_a_line_and_no_traceback(monkeypatch: pytest.Monkey
 def test_ctrl_c_is_130_without_a_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_given: Any) -> int:
         raise KeyboardInterrupt
+    monkeypatch.setitem(server.COMMANDS, "health", interrupted)
+    assert cli.main(["health"]) == exits.INTERRUPTED
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c_in_an_import_is_no_mistake_of_ours(monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    """Before Python 3.12 what is raised while a class is made becomes the cause of a RuntimeError."""
+    def interrupted(_given: Any) -> int:
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
     monkeypatch.setitem(server.COMMANDS, "health", interrupted)
     assert cli.main(["health"]) == exits.INTERRUPTED
     assert capsys.readouterr().err == ""

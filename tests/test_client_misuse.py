@@ -149,6 +149,16 @@ def test_a_server_that_says_little_at_a_time_gets_no_more_time(run_dir: Path, tw
         thread.join()
 
 
+@pytest.mark.parametrize("secs", [float("inf"), 1e20, 3e6])
+@pytest.mark.parametrize("link", ["unix", "tcp"])
+def test_any_time_may_be_given(shared: Server, twin: Any, link: str, secs: float) -> None:
+    """Also one that no system call can count."""
+    with twin(shared.address(link), timeout=secs) as client:
+        worker = client.spawn(["sh", "-c", "echo x"])
+        assert client.wait(worker.id, timeout=secs)[0].exit.code == 0
+        assert b"".join(what.data for _, _, what in client.follow(worker.id, timeout=secs)) == b"x\n"
+
+
 def test_ctrl_c_in_a_wait_leaves_no_thread(shared: Server) -> None:
     """The client is as good as before, and the program ends at once."""
     code = """if True:

@@ -57,6 +57,8 @@ def _outcome(argv: list[str]) -> Tuple[int, int]:
     except exits.Signalled as e:
         return 128 + e.number, e.number
     except Exception as e:
+        if isinstance(e.__cause__, KeyboardInterrupt):  # what it interrupted, an import, made another error of it
+            return exits.INTERRUPTED, exits.SIGINT
         return exits.explain(e), 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 from argparse import Namespace
 from typing import TYPE_CHECKING, Callable
 
@@ -95,6 +96,8 @@ def _stay(client: AgentClient, given: Namespace, info: AgentInfo, keys: bytes, r
 def _tell(left: Left, given: Namespace, info: AgentInfo) -> int:
     """Say on the restored terminal how it ended, where that needs a word."""
     if left.ended is not None:
+        if left.ended.exit and (left.ended.exit.reason, left.ended.exit.signal) == ("signaled", "SIGINT"):
+            raise exits.Signalled(signal.SIGINT)  # Ctrl-C on its terminal, which is mine
         run.tell_end(left.ended)
         return left.ended.exit.returncode if left.ended.exit else exits.FAILED
     again = f"agentserver attach {info.id[:8]}" + (f" --server {shlex.quote(given.server)}" if given.server else "")

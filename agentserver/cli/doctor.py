@@ -125,7 +125,7 @@ def _kind_of_file_system(path: str) -> str:
     best, kind = "", ""
     real = os.path.realpath(path)
     try:
-        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+        with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape", newline="\n") as mounts:
             for line in mounts:
                 _, place, fs, *_ = line.split(" ")
                 place = place.replace("\\040", " ")

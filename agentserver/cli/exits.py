@@ -20,6 +20,7 @@ NOT_FOUND = 4
 TIMEOUT = 124
 SIGINT = 2
 INTERRUPTED = 128 + SIGINT
+LONGEST_SENTENCE = 2000
 PIPE = 141         # 128 + SIGPIPE: whoever read our output has gone
 
 _BY_CODE = {"agent_not_found": NOT_FOUND, "timeout": TIMEOUT,
@@ -100,6 +101,8 @@ def note(sentence: str) -> None:
     from .show import clean
     try:
         if sys.stderr is not None:
+            if len(sentence) > LONGEST_SENTENCE:  # what was given is repeated in it, and that may be anything
+                sentence = f"{sentence[:LONGEST_SENTENCE // 2]} … {sentence[-LONGEST_SENTENCE // 2:]}"
             sys.stderr.write(f"agentserver: {clean(sentence)}\n")
             sys.stderr.flush()
     except (OSError, ValueError):

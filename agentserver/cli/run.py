@@ -56,9 +56,9 @@ def run(given: Namespace) -> int:
             raise
     if given.json:
         out.document({"type": "ended", "agent_info": ended.raw})
-    tell_end(ended)
     if interrupts.count and ended.exit and ended.exit.signal:
         raise exits.Signalled(signal.SIGINT)  # as if it had been this program that Ctrl-C has ended
+    tell_end(ended)
     return ended.exit.returncode if ended.exit else exits.FAILED
 
 

@@ -7,6 +7,7 @@ Unaware: of what is said to the manager (core/notify.py).
 from __future__ import annotations
 
 import os
+import re
 from typing import Mapping
 
 from .doctor import GOOD, LACKING, UNKNOWN, Finding
@@ -33,14 +34,15 @@ def checks(keeper: int, max_agents: int) -> list[Finding]:
 
 def _watchdog(environ: Mapping[str, str]) -> str:
     usec = environ.get("WATCHDOG_USEC", "")
-    return f"with a watchdog of {int(usec) / 1e6:g} s" if usec.isdigit() else "without a watchdog (WatchdogSec=)"
+    good = re.fullmatch("[0-9]{1,18}", usec)
+    return f"with a watchdog of {int(usec) / 1e6:g} s" if good else "without a watchdog (WatchdogSec=)"
 
 
 def store(environ: Mapping[str, str], max_agents: int, unit: str) -> Finding:
     """Check that the manager keeps as many descriptors as agents may have (systemd >= 254 tells)."""
     needed, size = max_agents * FDS_STORED, environ.get("FDSTORE", "")
     mend = f"set FileDescriptorStoreMax={max(needed, 1024)} in the unit"
-    if not size.isdigit():
+    if not re.fullmatch("[0-9]{1,18}", size):
         return Finding("descriptor store", UNKNOWN, "its size is not told (systemd before 254, or there is none)",
                        "with FileDescriptorStoreMax=0, which is the default, no output outlives the death of all our "
                        "processes at once", f"see systemctl show -p FileDescriptorStoreMax {unit or 'UNIT'}; {mend}")

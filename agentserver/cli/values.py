@@ -15,6 +15,7 @@ from ..core.lifecycle import STATUSES
 __all__ = ["STATUSES", "add_settings", "as_utf8", "count", "factor", "json_object", "moment", "pair", "seconds",
            "terminal_size", "variable"]
 
+_MOST_SECS = 3650 * 86400.0
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -35,6 +36,8 @@ def seconds(text: str) -> float:
     found = _span(text)
     if found is None:
         raise ArgumentTypeError(f"{text!r} is not a duration such as 10, 0.5, 30s, 10m or 2h")
+    if found > _MOST_SECS:
+        raise ArgumentTypeError(f"{text!r} is more than 3650 days; leave it out where nothing is to end it")
     return found
 
 

@@ -1,14 +1,16 @@
 """`ps --watch`: the list again whenever something changes.
 
-Owns:    when to ask again, and the clearing of the screen.
+Owns:    when to ask and draw again, and the clearing of the screen.
 Runs in: the main thread of a command, until Ctrl-C.
 Unaware: of what a list looks like (agents.py).
 """
 from __future__ import annotations
 
+import signal
 import time
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Iterator
 
 from ..wire import MAX_INT
 from . import agents, connect, out, show
@@ -28,12 +30,28 @@ def watch(given: Namespace) -> int:
                          "line, or `agentserver events -f`")
     with connect.patient(given) as client, connect.patient(given) as listener:
         seen = _draw(client, given)
-        for event in listener.follow_events(since=seen):
-            if int(event.get("sequence") or 0) <= seen:
-                continue  # it was in the last list already
-            time.sleep(QUIET_SECS)
-            seen = _draw(client, given)
+        with _again_on_signals(listener, given):
+            for event in listener.follow_events(since=seen):
+                if int(event.get("sequence") or 0) <= seen:
+                    continue  # it was in the last list already
+                time.sleep(QUIET_SECS)
+                seen = _draw(client, given)
     return OK
+
+
+@contextmanager
+def _again_on_signals(client: AgentClient, given: Namespace) -> Iterator[None]:
+    """Draw again when the terminal has another size, or was another job's meanwhile."""
+    def draw(*_: Any) -> None:
+        with connect.again(client, given) as another:  # in the middle of whatever the others are asked
+            _draw(another, given)
+    numbers = () if given.json else (signal.SIGWINCH, signal.SIGCONT)
+    before = [(number, signal.signal(number, draw)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _draw(client: AgentClient, given: Namespace) -> int:

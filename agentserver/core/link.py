@@ -25,6 +25,7 @@ Frame = Tuple[int, bytes, bytes]
 
 _PIECE = 128 * 1024        # bytes per recv
 _QUICK_MS = 50             # nearly every reply is there by then; a wake-up may be noticed this much later
+_LONGEST_SECS = 1e9        # what may be given as the time of a client has no bound
 _AT_ONCE_SECS = 0.01       # a request that left so soon has taken nothing of the time for its reply
 _AGAIN_MS = 20             # between two tries to reach a core that is being started again
 _LONGEST_PATH = 107 if sys.platform.startswith("linux") else 103  # unix(7)
@@ -183,7 +184,7 @@ class _Lines:
         self._limits: Dict[int, float] = {}
 
     def _limit(self, option: int, secs: Optional[float]) -> None:
-        secs = 0.0 if secs is None else max(secs, 0.001)  # to the kernel 0 means for ever
+        secs = 0.0 if secs is None else min(max(secs, 0.001), _LONGEST_SECS)  # to the kernel 0 means for ever
         if self._limits.get(option) != secs:
             self.sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(secs), int(secs % 1 * 1_000_000)))
             self._limits[option] = secs

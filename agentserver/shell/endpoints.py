@@ -23,6 +23,7 @@ from ..wire import MAX_WIRE, decode, encode
 QUEUED_EVENTS = 1000       # for a subscriber at its own end; beyond it messages are dropped, which followers notice
 _QUEUED_REPLIES = 100      # per peer; a REQ peer has one outstanding
 _SUBSCRIPTION_BYTES = 1024  # at most; who sends a longer one is cut off by libzmq
+_LONGEST_SECS = 3600.0     # for a connection; no kernel tries as long
 _UNREAD_MS = 60_000        # a subscriber of any kind that takes nothing for so long is let go of
 _HANDSHAKE_MS = 5_000      # a peer that has not finished its handshake after so long is cut off by libzmq
 _ZAP_DOMAIN = b"agentserver"
@@ -111,7 +112,7 @@ def probe(endpoint: str, timeout: float) -> str:
         if endpoint.startswith("ipc://"):
             dial(endpoint[6:]).close()
             return endpoint
-        return _answering(places.tcp(endpoint[6:]), time.monotonic() + max(timeout, 0.01))
+        return _answering(places.tcp(endpoint[6:]), time.monotonic() + min(max(timeout, 0.01), _LONGEST_SECS))
     except socket.gaierror as e:
         raise NotThere(f"the host of {endpoint} is not known ({e.strerror})") from None
     except ValueError as e:

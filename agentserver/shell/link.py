@@ -17,6 +17,7 @@ from ..errors import LinkError, RequestTimeout
 from .endpoints import QUEUED_EVENTS, connected, probe, req_socket, sub_socket
 
 Json = Dict[str, Any]
+_LONGEST_SECS = 2e6      # libzmq counts milliseconds in 32 bits; who waits longer asks again
 
 
 class ZmqLink:
@@ -42,7 +43,7 @@ class ZmqLink:
             timeout = max(timeout - (time.monotonic() - began), 0.001)
         if timeout != self._req_secs:
             self._req_secs = timeout
-            millis = max(int(timeout * 1000), 1)
+            millis = max(int(min(timeout, _LONGEST_SECS) * 1000), 1)
             req.setsockopt(zmq.RCVTIMEO, millis)
             req.setsockopt(zmq.SNDTIMEO, millis)
         try:
@@ -143,7 +144,7 @@ class _Ear:
 
     def wait(self, secs: Optional[float]) -> None:
         """Wait for either."""
-        millis = -1 if secs is None else int(secs * 1000) + 1
+        millis = -1 if secs is None else int(min(secs, _LONGEST_SECS) * 1000) + 1
         zmq.zmq_poll([(self._sub, zmq.POLLIN), (self._monitor, zmq.POLLIN)], millis)
 
     def close(self) -> None:
