@@ -24,7 +24,7 @@ PAGE = 500
 LOOK_SECS = 1.0
 GRACE_SECS = 1.0
 #: commands that wait for something else than a server
-_NO_OTHER_END = ("replay", "send", "events", "ps")
+_NO_OTHER_END = ("replay", "send")
 
 
 def connect(given: Namespace, answer_secs: float | None = None) -> AgentClient:
@@ -58,7 +58,7 @@ def deadline(given: Namespace) -> float | None:
 
 def left(given: Namespace) -> float | None:
     """Return how many seconds of --timeout are left, a little at least; `None` without one."""
-    return None if given.timeout is None else max(given.begun + given.timeout - time.monotonic(), 0.001)
+    return None if given.timeout is None else max(round(given.begun + given.timeout - time.monotonic(), 2), 0.01)
 
 
 class _Over(BaseException):

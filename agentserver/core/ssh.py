@@ -36,6 +36,7 @@ _ADDRESS = re.compile(r"ssh://(?:([^/?#]*)@)?(\[[^]/?#]+\]|[^]\[@:/?#]+)(?::([^/
 _FORM = "ssh://[USER@]HOST[:PORT][/STATE_DIR][?command=COMMAND]"
 _PREAMBLE = 100            # lines that a login shell there may print first
 _LAST_WORDS_SECS = 1.0     # for the end of a process that has closed its stdout
+_TERM_SECS = 0.3           # for one that still tries to connect
 _SAID_BYTES = 64 * 1024
 _SAID_SHOWN = 300
 _PAUSE_SECS, _LONGEST_PAUSE_SECS = 0.5, 8.0   # between a failure and the next try
@@ -141,10 +142,14 @@ class _Call(NamedTuple):
     def end(self) -> Optional[int]:
         """End it, if it has not ended by itself; return how it did."""
         code = process.reap_within(self.pid, 0)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if code is None:
-                process.send(self.pid, number)
-                code = process.reap_within(self.pid, _LAST_WORDS_SECS)
+        try:
+            for number, secs in ((signal.SIGTERM, _TERM_SECS), (signal.SIGKILL, _LAST_WORDS_SECS)):
+                if code is None:
+                    process.send(self.pid, number)
+                    code = process.reap_within(self.pid, secs)
+        except BaseException:  # Ctrl-C, or the end of the time that was given, while we wait for it
+            process.send(self.pid, signal.SIGKILL)
+            raise
         return code
 
 
