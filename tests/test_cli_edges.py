@@ -86,12 +86,16 @@ def test_a_stdout_that_takes_nothing_is_one_sentence(edge: Edge, redirect: str, 
         pytest.skip("needs /dev/full")
     lines = [words for name, words in LINES.items() if name not in UNTRIED and name not in ("stop", "kill")]
     json = [[words[0], "--json", *words[1:]] for words in lines if words[0] != "replay"]
-    for words in [*(lines if redirect == ">/dev/full" else lines[::4]), *(json if redirect == ">&-" else json[::4]), ["--help"], ["--version"], ["ps", "--help"], ["logs", "--grep", "ready", "DONE"],
+    if redirect != ">/dev/full":
+        lines = lines[::4]
+    if redirect != ">&-":
+        json = json[::4]
+    for words in [*lines, *json, ["--help"], ["--version"], ["ps", "--help"], ["logs", "--grep", "ready", "DONE"],
                   ["logs", "-t", "DONE"], ["run", "-d", "--", "true"], ["events", "-f", "--since", "0"]]:
         done = edge.run(*words, redirect=redirect)
         said = [line for line in done.stderr.split("\n") if line.startswith("agentserver: error")]
-        assert done.returncode == 1 and said == [f"agentserver: error (output): stdout cannot be written: {why}"], (
-            words, done)
+        assert said[-1:] == [f"agentserver: error (output): stdout cannot be written: {why}"], (words, done)
+        assert done.returncode == 1, (words, done)
 
 
 def test_a_stderr_that_takes_nothing_changes_nothing(edge: Edge) -> None:
@@ -176,7 +180,7 @@ def test_ctrl_c_ends_a_loop_around_what_waits(edge: Edge, tmp_path: Path, words:
 
 
 def work(shell: int) -> str:
-    """Return how much the command has worked that a shell runs, "" unless it waits: what is the same twice has begun."""
+    """Return how much the command of a shell has worked, "" unless it waits: what is the same twice has begun."""
     try:
         child = Path(f"/proc/{shell}/task/{shell}/children").read_text().split()[0]
         fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
