@@ -62,3 +62,24 @@ def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     assert losses(whole, code=8) == ["missing"]
     assert losses(whole, processes=2) == ["doubled"]
     assert losses(whole, sent=(0,)) == ["missing"]
+
+
+def test_a_limit_that_comes_late_is_found(tmp_path: Path) -> None:
+    """Beyond the time for which the server was away."""
+    sys.path.insert(0, str(TESTS / "chaos"))
+    try:
+        from accounting import LATE_SECS, Entry, Ledger
+    finally:
+        sys.path.remove(str(TESTS / "chaos"))
+    ledger = Ledger(tmp_path / "truth", lambda said: None)
+    entry = Entry("a", "r", 7, 3, "free", "c", limit=1.5)
+
+    def losses(duration: float) -> list[str]:
+        ledger.losses.clear()
+        record = {"code": None, "signal_number": 15, "reason": "limit:runtime_secs", "duration": duration}
+        ledger._check_exit(entry, {"status": "terminated", "exit": record})
+        return ledger.losses
+    assert losses(1.6) == [] == losses(1.5 + LATE_SECS)
+    assert "came 30.1 s late" in losses(31.6)[0] and "too early" in losses(1.2)[0]
+    ledger.away += [[entry.asked - 100, entry.asked - 50], [entry.asked - 5, entry.asked + 20]]
+    assert losses(31.6) == [] and ledger.absent_since(entry.asked) == 20

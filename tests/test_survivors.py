@@ -130,6 +130,25 @@ def test_a_new_core_knows_the_tags_of_the_one_before(start_server: Callable[...,
         assert [one["pid"] for one in wire.exit(agent)["leaked"]] == [daemon] and not alive(daemon)
 
 
+@pytest.mark.usefixtures("tagging")
+def test_a_daemon_without_a_trace_is_found_when_all_of_the_server_died(start_server: Callable[..., Server],
+                                                                       tmp_path: Path) -> None:
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        agent, daemon = daemon_of(wire, tmp_path / "pid", "time.sleep(1000)")
+        parts = server.pids()
+    for part in ("keeper", "core", "shell"):
+        os.kill(parts[part], signal.SIGSTOP)  # so that none of them sees another one's end
+    for part in ("keeper", "core", "shell"):
+        os.kill(parts[part], signal.SIGKILL)
+    server.process.wait()
+    again = start_server(state_dir=server.state_dir)
+    with LineWire(again.socket_path) as wire:
+        record = wire.exit(agent)
+        assert record["reason"] == "lost" and not alive(daemon)
+        assert daemon in [one["pid"] for one in record["leaked"]]
+
+
 def _core_of(server: Server) -> int:
     try:
         return server.pids()["core"]

@@ -61,7 +61,7 @@ class Adoption:
                 self._take_over(agent, taken)
             except Exception:  # one that cannot be gone on with must not keep the others from it
                 self._say(f"{agent.label()} cannot be gone on with: {traceback.format_exc()}")
-                self._lost(agent, taken.survivors(agent))
+                self._lost(agent, taken.remains(agent))
         for agent_id in taken.unclaimed():
             self._keeper.release(agent_id, [])
         supervisor.retain()
@@ -99,7 +99,7 @@ class Adoption:
                 run = supervisor.run(agent, taken.rest(agent.id), -1)
                 run.drain()
                 run.close()
-                self._lost(agent, taken.survivors(agent), "its record was lost, and nothing of it can be gone on with")
+                self._lost(agent, taken.remains(agent), "its record was lost, and nothing of it can be gone on with")
             else:
                 self._supervisor.found(agent)
 
@@ -107,7 +107,7 @@ class Adoption:
         """Go on with an agent where a core before us had to stop; what cannot be gone on with is ended and recorded."""
         found = taken.claim(agent)
         if found is None:
-            self._lost(agent, taken.survivors(agent))
+            self._lost(agent, taken.remains(agent))
         elif found.pid == 0:  # asked for and durable, but never started
             self._begin_again(agent)
         elif found.pid < 0:  # it began and ended, and which of the ends was its own nobody can tell

@@ -151,6 +151,7 @@ class TakeOver:
     def __init__(self, left: Inheritance, boot: str, witness: Witness, keeper: Keeper) -> None:
         self._left, self._boot, self._witness, self._keeper = left, boot, witness, keeper
         self._marked: dict[str, list[tree.Proc]] | None = None
+        self._tagged: dict[int, list[tree.Proc]] | None = None
 
     @property
     def marked(self) -> Mapping[str, list[tree.Proc]]:
@@ -232,6 +233,16 @@ class TakeOver:
             if tree.mark_of(leader.pid) in ("", agent.id):  # else the record of another agent was damaged
                 left[leader.pid] = leader
         return list(left.values())
+
+    def remains(self, agent: Agent) -> list[tree.Proc]:
+        """Return the survivors and what only its tag tells to be the agent's: daemons with a clean environment."""
+        left = self.survivors(agent)
+        if not agent.tag or agent.boot != self._boot:
+            return left
+        if self._tagged is None:
+            self._tagged = tree.tagged()
+        known = {proc.pid for proc in left}
+        return left + [proc for proc in self._tagged.get(agent.tag, ()) if proc.pid not in known]
 
     def unclaimed(self) -> list[str]:
         """Return whom the keeper held something for that no agent claimed; our copies are closed."""

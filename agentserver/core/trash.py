@@ -25,7 +25,7 @@ class Trash:
         self._path, self._scheduler, self._clock, self._say = path, scheduler, clock, say
         self._waiting: Deque[str] = deque()
         self._task: Task | None = None
-        self._count = 0
+        self._prefix, self._count = os.urandom(8).hex(), 0  # names that no core before us has given
 
     def finish(self) -> None:
         """Go on with what a core before us has left."""
@@ -46,15 +46,16 @@ class Trash:
 
     def _moved(self, path: str) -> str:
         """Give something a name of its own in the trash; return that."""
-        if not os.path.lexists(path):
-            raise FileNotFoundError
-        make_private(self._path)
-        while True:
-            self._count += 1
-            place = f"{self._path}/{os.getpid()}-{self._count}"
-            if not os.path.lexists(place):
-                os.rename(path, place)
-                return place
+        self._count += 1
+        place = f"{self._path}/{self._prefix}-{self._count}"
+        try:
+            os.rename(path, place)
+        except FileNotFoundError:
+            if not os.path.lexists(path):
+                raise
+            make_private(self._path)
+            os.rename(path, place)
+        return place
 
     def _expect(self, path: str) -> None:
         self._waiting.append(path)
@@ -71,6 +72,9 @@ class Trash:
                 pass
             except OSError as e:
                 self._say(f"{path} cannot be deleted: {e.strerror}; it is tried again when the core starts anew")
+            if pace.over():
+                yield
+                pace.begin()
 
     def _delete(self, path: str, pace: Pace) -> Generator[None, None, None]:
         if os.path.islink(path) or not os.path.isdir(path):

@@ -339,6 +339,16 @@ def marked() -> dict[str, list[Proc]]:
     return found
 
 
+def tagged() -> dict[int, list[Proc]]:
+    """Return every living process with the tag of an agent in its limits and no mark, by tag (inherited.py)."""
+    found: dict[int, list[Proc]] = {}
+    for proc in scan((os.getpid(),)).values():
+        tag = tag_of(proc.pid) if proc.lives else 0
+        if tag and not mark_of(proc.pid):
+            found.setdefault(tag, []).append(proc)
+    return found
+
+
 def end(procs: Iterable[Proc], within: float = 2.0) -> list[Proc]:
     """SIGKILL processes that are not our children, and wait until they are gone or dead (only used at start). Return
     those that live on."""

@@ -19,6 +19,8 @@ from agents import TRUTH, unseal
 
 Json = Dict[str, Any]
 MISSING = ("missing", "doubled", "wrong", "lost status", "left running", "no answer")
+#: that a limit may be late while the server is there: grace, repetition of SIGKILL, a pidfd that does not tell, slack
+LATE_SECS = 5.0 + 1.0 + 5.0 + 4.0
 ENDS = ("completed", "failed", "terminated")
 
 
@@ -72,6 +74,7 @@ class Ledger:
         #: from the death of a keeper to the next core: whoever lived or began then may end without anybody to tell how
         self.fostered: List[List[float]] = []
         self.lateness = 0.0                # the most that a limit came too late
+        self.away: List[List[float]] = []  # when the core answered nobody, or another part stood still: from, to
 
     def add(self, name: str, count: int = 1) -> None:
         """Count something."""
@@ -87,6 +90,10 @@ class Ledger:
     def disk_was_full(self, since: float) -> bool:
         """Whether it was at any moment from `since` on."""
         return any(window[1] >= since for window in self.disk)
+
+    def absent_since(self, since: float) -> float:
+        """Return for how many seconds the server could do nothing since then."""
+        return sum(end - max(begin, since) for begin, end in list(self.away) if end > since)
 
     # ------------------------------------------------------------ one agent that has ended
 
@@ -125,6 +132,9 @@ class Ledger:
                 self.lateness = max(self.lateness, late)
                 if late < -0.01:
                     self.loss("wrong", f"the limit of {entry.limit} s came too early: {what}")
+                if late > (most := LATE_SECS + self.absent_since(entry.asked)):
+                    self.loss("wrong", f"the limit of {entry.limit} s came {late:.1f} s late, which is more than the "
+                                       f"{most:.1f} s that the server was away, with what is due: {what}")
             ours = record.get("signal_number") in (2, 9, 15)
             if not own and not ours:
                 self.loss("wrong", f"exit code: {what}, should be {entry.code}")

@@ -160,8 +160,11 @@ class Hand(threading.Thread):
     def do(self, fault: str) -> None:
         """One fault."""
         self._say(f"  {fault}")
+        begun = time.monotonic()
         if getattr(self, "_" + fault.replace(",", "").replace("-", "").replace(" ", "_"))():
             self.done[fault] = self.done.get(fault, 0) + 1
+        if "keeper" in fault or "suspend" in fault:  # it tells the core of ends, and stood still or was not there
+            self._ledger.away.append([begun, time.monotonic()])
         if self._ledger.fostered and self._ledger.fostered[-1][1] == float("inf"):
             self._note_next_core()
 

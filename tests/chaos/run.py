@@ -24,6 +24,7 @@ from typing import List
 HERE = Path(__file__).resolve().parent
 sys.path[1:1] = [str(HERE.parent), str(HERE.parent.parent)]
 
+from absence import Absence  # noqa: E402
 from accounting import Ledger  # noqa: E402
 from cables import Cables  # noqa: E402
 from clients import Client, EventFollower  # noqa: E402
@@ -103,11 +104,12 @@ def chaos(args: argparse.Namespace, where: Path) -> int:
     cables = hand.cables = Cables(str(where), lambda: hand.endpoint, str(hand.server.socket_path))
     addresses = [f"unix:{cables.path}", cables.endpoint]
     clients = [Client(f"c{n}", args.seed, addresses, ledger, LIVE_EACH) for n in range(CLIENTS)]
+    absence = Absence(hand.server.socket_path, ledger)
     followers = [EventFollower("unix", lambda: addresses[0], ledger),
                  EventFollower("tcp", lambda: hand.endpoint, ledger)]
     try:
         population = Population(addresses[0], args.population, ledger)
-        for thread in (*clients, *followers):
+        for thread in (*clients, *followers, absence):
             thread.start()
         time.sleep(1)
         hand.start()
