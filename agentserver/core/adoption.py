@@ -29,6 +29,7 @@ from .unlisted import Unlisted
 from .witness import Witness
 
 STRANGER_TRIES = 50
+SIGN_AGENTS = 100  # that are taken over, from one sign of life to the next
 UNSEEN_SECS = 5.0  # for the keeper to tell how a process ended that was gone when a new core came
 AGAIN_SECS = 0.5   # between two tries to begin what was asked for, while the registry cannot be written
 HANDED_SECS = 0.02  # between two looks at whether a dead process's children have been handed over
@@ -56,7 +57,10 @@ class Adoption:
         taken = TakeOver(left, supervisor.boot, witness, self._keeper)
         self._list(taken)
         live = [agent for agent in supervisor.agents.values() if not agent.terminal]
-        for agent in sorted(live, key=lambda agent: agent.pid is None):  # whose pid is known takes its end first
+        live.sort(key=lambda agent: agent.pid is None)  # whose pid is known takes its end first
+        for number, agent in enumerate(live):
+            if number % SIGN_AGENTS == 0:
+                self._keeper.busy()
             try:
                 self._take_over(agent, taken)
             except Exception:  # one that cannot be gone on with must not keep the others from it

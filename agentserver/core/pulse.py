@@ -20,7 +20,7 @@ from .part import Part
 ASK_SECS = 2.0        # between two questions to a part
 TOLD_SECS = 5.0       # without an answer, before it is said
 GIVEN_UP_SECS = 10.0  # without an answer, before the part is killed and started again
-START_SECS = 60.0     # for a part that was started to begin to serve, before the same
+START_SECS = 30.0     # without a word, for a part that does not serve yet, before the same
 GAP_SECS = 1.0        # by which the keeper may wake too late before it takes itself for one that was stopped
 
 

@@ -91,6 +91,10 @@ class Keeper:
                 self.words.append(word)
         return self.words
 
+    def busy(self) -> None:
+        """Give a sign of life, while we do not serve yet: the keeper would take us for one that hangs."""
+        self.channel.send({"busy": True})
+
     def hold(self, agent_id: str, fds: Mapping[str, int]) -> None:
         """Give the keeper copies of an agent's descriptors (-1: none)."""
         there = {name: fd for name, fd in fds.items() if fd >= 0}
