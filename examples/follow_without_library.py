@@ -37,6 +37,7 @@ class Link:
     def connect(self, kind: int, secs: float, address: str) -> Any:
         socket = self.context.socket(kind)
         socket.setsockopt(self.zmq.LINGER, 0)
+        socket.setsockopt(self.zmq.IPV6, int("[" in address))  # tcp://[::1]:PORT
         socket.setsockopt(self.zmq.RCVTIMEO, int(secs * 1000))
         if kind == self.zmq.REQ:
             socket.setsockopt(self.zmq.REQ_RELAXED, 1)    # both: a reply that comes late

@@ -19,6 +19,7 @@ def main() -> int:
     endpoint, left = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else -1
     with zmq.Context() as context, context.socket(zmq.SUB) as updates:
         updates.setsockopt(zmq.LINGER, 0)
+        updates.setsockopt(zmq.IPV6, int("[" in endpoint))
         updates.setsockopt(zmq.SUBSCRIBE, b"status.")
         updates.setsockopt(zmq.SUBSCRIBE, b"server")
         updates.connect(endpoint)

@@ -174,8 +174,8 @@ def shutdown(given: Namespace) -> int:
         pid = str(client.health().metadata.get("pid", ""))
         reply = client.shutdown(drain=given.drain)
         _wait_gone(client, pid, given)
-        if connect.is_local(client):
-            _wait_ended(pid)
+        if connect.is_local(client) and not _ended(pid):
+            raise RequestTimeout(f"the server answers no more, but its process {pid} has not ended")
         if given.json:
             out.document(reply)
         else:
@@ -191,7 +191,7 @@ def _wait_gone(client: AgentClient, pid: str, given: Namespace) -> None:
     with connect.progress(doing) as shown, \
             connect.again(client, given, timeout=LOOK_ANSWER_SECS, retry_secs=0) as looker:
         while True:
-            left = _active(looker, pid)
+            left = _active(looker, pid, connect.is_local(client))
             if limit is not None and time.monotonic() >= limit:
                 raise RequestTimeout(f"the server is still {doing}{seen}; it goes on with that")
             if left is None:
@@ -201,8 +201,9 @@ def _wait_gone(client: AgentClient, pid: str, given: Namespace) -> None:
             time.sleep(LOOK_SECS)
 
 
-def _active(looker: AgentClient, pid: str) -> int | None:
-    """Return how many agents the server with this pid still has; None if it is not there."""
+def _active(looker: AgentClient, pid: str, local: bool) -> int | None:
+    """Return how many agents the server with this pid still has; None if it is not there. A local one whose socket is
+    there is there, also while it does not answer; through a network, what takes a connection may be anybody."""
     for _ in range(2):  # a connection that broke says nothing yet: the core may have been started again
         try:
             found = looker.health()
@@ -210,17 +211,21 @@ def _active(looker: AgentClient, pid: str) -> int | None:
         except LinkError:
             continue
         except RequestTimeout:
-            return None
+            return 0 if local else None
         except AgentServerError as e:
             return None if e.code == "unavailable" else 0
     return None
 
 
-def _wait_ended(pid: str) -> None:
-    """Wait for the last steps of a local server's process, so that a new one can be started in its directory."""
+def _ended(pid: str) -> bool:
+    """Wait for the last steps of a local server's process, so that a new one can be started in its directory; return
+    whether it has ended."""
     until = time.monotonic() + LAST_STEPS_SECS
-    while pid.isdigit() and _runs(int(pid)) and time.monotonic() < until:
+    while pid.isdigit() and _runs(int(pid)):
+        if time.monotonic() >= until:
+            return False
         time.sleep(LOOK_SECS / 10)
+    return True
 
 
 def _runs(pid: int) -> bool:

@@ -52,7 +52,8 @@ class Link {
   async attempt(raw) {
     if (!this.req) {
       // relaxed and correlate: a reply that comes late is not taken for the next one
-      this.req = new zmq.Request({ linger: 0, sendTimeout: ANSWER_MS, receiveTimeout: ANSWER_MS, relaxed: true, correlate: true });
+      this.req = new zmq.Request({ linger: 0, sendTimeout: ANSWER_MS, receiveTimeout: ANSWER_MS, relaxed: true, correlate: true,
+                                   ipv6: this.endpoint.includes("[") });
       this.req.connect(this.endpoint);
     }
     await this.req.send(raw);
@@ -67,7 +68,7 @@ class Link {
         if (this.sub) return JSON.parse((await this.sub.receive())[1].toString());
         const { metadata } = await this.ask("health_check_request");
         if (!metadata.pub_endpoint) throw new Refused("this server publishes nothing; follow it over its Unix socket");
-        this.sub = new zmq.Subscriber({ linger: 0, receiveTimeout: SILENCE_MS });
+        this.sub = new zmq.Subscriber({ linger: 0, receiveTimeout: SILENCE_MS, ipv6: metadata.pub_endpoint.includes("[") });
         this.sub.subscribe(...topics);
         this.sub.connect(metadata.pub_endpoint);
         return {};
