@@ -190,7 +190,7 @@ def test_a_turn_that_fails_at_its_end_ends_nobody(flawed: Flawed, part: str) -> 
 # ---------------------------------------------------------------- agents
 
 @pytest.mark.parametrize("where", ["run.drain()\n\n    def _look_again",
-                                   "left = self._left(agent)\n        if not left"])
+                                   "if run.killer is not None:"])
 def test_a_mistake_about_the_end_of_one_agent_skips_no_other(flawed: Flawed, where: str) -> None:
     server = flawed("core/ending.py", where, f"if agent.name == 'cursed': 1 / 0\n        {where}")
     core = server.pids()["core"]

@@ -27,6 +27,7 @@ from .scheduler import Scheduler, Task
 from .tree import Proc
 
 AT_ONCE = 50      # processes of a tree that are killed in one step
+CHASES = 5        # looks at what has just come to us, before one at all processes
 PAUSE_SECS = 0.01  # between two such steps
 AGAIN_SECS = 1.0  # SIGKILL is repeated at this pace while something of a tree is left (D state, fork races)
 LEAKED_MOST = 1000  # of a tree that are named in an exit record
@@ -260,7 +261,10 @@ class Ending:
         assert run is not None
         if run.killer is not None:  # looks again when it is through
             return
-        left = self._left(agent)
+        left = []
+        if self._family.orphans():
+            self._chase(agent, run)
+            left = self._left(agent)
         if not left:
             self._finish(agent)
             return
@@ -269,10 +273,18 @@ class Ending:
         self._look_again(agent)
         self._kill_rest(agent, run, left[AT_ONCE:], [])
 
+    def _chase(self, agent: Agent, run: Run) -> None:
+        """Kill what came to us just now, as long as something does, before a look at all processes takes its time."""
+        for _ in range(CHASES):
+            come = self._family.come()
+            ours = [proc for proc in come if self._family.owner(proc) == agent.id] if len(come) <= AT_ONCE else []
+            if not ours:
+                return
+            _note(run, ours)
+            tree.send_all(ours, SIGKILL)
+
     def _left(self, agent: Agent) -> list[Proc]:
         """Return what lives of a tree whose leader is gone."""
-        if not self._family.orphans():
-            return []
         return self._family.members([agent])[agent.id] + self._family.strays(agent)
 
     def _give_up(self, agent: Agent) -> None:

@@ -195,6 +195,20 @@ class Family:
         oldest = min((a.start or 0 for a in self.leaders.values()), default=None) if unplaced else None
         return [proc for proc in unplaced if oldest is None or proc.start < oldest]
 
+    def come(self) -> list[Proc]:
+        """Return the orphans that have come to us by this moment, as the kernel lists our children. What forks and dies
+        again and again is gone before a look at all processes is through."""
+        pids = set(tree.own_children() or ())
+        if self._adopted and self._keeper.pid > 1:
+            pids.update(tree.children_listed(f"{self._keeper.pid}/task/{self._keeper.pid}") or ())
+        pids -= self.leaders.keys() | self.helpers.keys() | self._parts()
+        found = [proc for pid in pids if (proc := tree.look(pid)) is not None and proc.lives]
+        return [proc for proc in found if (proc.pid, proc.start) not in self._given_up and not self._is_part(proc)]
+
+    def owner(self, proc: Proc) -> str:
+        """Return whose an orphan is, or "" when nothing tells."""
+        return self._owner(proc)
+
     def everyone(self) -> list[Proc]:
         """Return all living processes that descend from us, whosesoever they are."""
         self._look()

@@ -572,7 +572,9 @@ class Supervisor:
         left = self.family.everyone()
         for proc in left:
             self._say(f"process {proc.pid}, left by an agent that has ended, is killed")
-        while left and self.reactor.clock() < until:
+        while (left or self.family.come()) and self.reactor.clock() < until:
+            while (come := self.family.come()) and self.reactor.clock() < until:
+                tree.send_all(come, SIGKILL)
             stuck = {(proc.pid, proc.start) for proc in tree.end(left, KILL_MARGIN_SECS / 4)}
             left = [proc for proc in self.family.everyone() if (proc.pid, proc.start) not in stuck]
         for proc in self.family.everyone():

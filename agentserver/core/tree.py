@@ -158,8 +158,14 @@ def scan(skip: Collection[int] = ()) -> dict[int, Proc]:
 
 def own_children() -> list[int] | None:
     """Return the pids of our own children, or None where the kernel does not tell (CONFIG_PROC_CHILDREN)."""
+    return children_listed("thread-self")
+
+
+def children_listed(whose: str) -> list[int] | None:
+    """Return the pids of the children of a thread, as `thread-self` or PID/task/TID, as the kernel lists them: that is
+    much quicker than a look at all processes."""
     try:
-        with open(f"{_PROC}/thread-self/children", "rb", buffering=0) as file:
+        with open(f"{_PROC}/{whose}/children", "rb", buffering=0) as file:
             return [int(word) for word in file.readall().split()]
     except (OSError, ValueError):
         return None
