@@ -68,18 +68,29 @@ def short_dir(parent: Path | None = None) -> Path:
 
 
 def marked_processes(mark: str) -> dict[int, str]:
-    """Return pid and command of every living process whose environment holds a mark that starts with `mark`."""
+    """Return pid and command of every living process whose environment holds a mark that starts with `mark`; also of
+    the parts of a server in that directory, whose environment only root may read."""
     needle = f"{MARK}={mark}".encode()
-    found = {}
+    found, parts = {}, parts_of(Path(mark)) if os.getuid() else set()
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
         if entry.isdigit() and int(entry) != os.getpid():
             try:
-                if needle in Path("/proc", entry, "environ").read_bytes():
+                if int(entry) in parts or needle in Path("/proc", entry, "environ").read_bytes():
                     command = Path("/proc", entry, "cmdline").read_bytes()
                     found[int(entry)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
             except OSError:
                 continue
     return found
+
+
+def parts_of(state_dir: Path) -> set[int]:
+    """Return the processes that hold the locks of a server, as far as the kernel tells (/proc/locks)."""
+    try:
+        files = {str(path.stat().st_ino) for path in state_dir.glob("*.lock")}
+        lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return set()
+    return {int(words[4]) for words in lines if words[1] == "FLOCK" and words[5].rpartition(":")[2] in files}
 
 
 def assert_nothing_left(mark: str) -> None:

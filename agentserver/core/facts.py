@@ -33,6 +33,7 @@ class Facts:
         self._parts: Json = dict(started.get("parts", {}))
         self._stops, self._stopped = 0, ""  # how often a look has found the program stopped that is our shell
         self._open: Json = {}
+        self._up, self._since = max(0.0, time.time() - self.started_at), tree.ticks_now()
 
     def set_parts(self, told: Json) -> None:
         """Note what the keeper tells of the server's parts: which one stands still, which one it had to kill."""
@@ -87,8 +88,8 @@ class Facts:
         return {os.getpid(), self._keeper_pid, self._shell_pid()}
 
     def uptime(self) -> float:
-        """Return the seconds since the server was started, across deaths of its parts."""
-        return max(0.0, time.time() - self.started_at)
+        """Return the seconds since the server was started, across deaths of its parts, whatever the clock is set to."""
+        return self._up + (tree.ticks_now() - self._since) / tree.TICKS
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata of a health check; all text, as the protocol says."""

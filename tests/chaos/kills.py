@@ -62,8 +62,11 @@ def footprint(hand: Hand) -> Dict[str, Tuple[int, int]]:
     for name in PARTS:
         part = find(name, hand.state_dir, hand.server.process.pid)
         if part is not None:
-            rollup = Path(f"/proc/{part.pid}/smaps_rollup").read_text()
-            found[name] = (int(rollup.partition("\nPss:")[2].split()[0]), len(os.listdir(f"/proc/{part.pid}/fd")))
+            try:
+                rollup = Path(f"/proc/{part.pid}/smaps_rollup").read_text()
+                found[name] = (int(rollup.partition("\nPss:")[2].split()[0]), len(os.listdir(f"/proc/{part.pid}/fd")))
+            except PermissionError:  # only root may look into a part
+                found[name] = (0, 0)
             part.close()
     return found
 
