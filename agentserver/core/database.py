@@ -22,6 +22,7 @@ from ..errors import RequestError, StartError
 from .backlog import Statement
 
 START_LOCK_MS, LOCK_MS = 2000, 50  # waiting for another process's lock: at the start, and in the first refused write
+LOOK_SECS = 0.05    # between two looks, at writes, whether the file is still there
 REPAIR_SECS = 5.0   # between two tries to begin a new file
 ASIDE_MOST = 5      # damaged files that are kept
 _SUFFIXES = ("", "-wal", "-shm")
@@ -62,7 +63,7 @@ class Database:
         self.trouble: Trouble | None = None
         self.unfolded = False      # something was written since the last checkpoint
         self.changes = 0           # rows that the last write has changed
-        self._repaired_at = self._scanned_at = float("-inf")
+        self._repaired_at = self._scanned_at = self._looked_at = float("-inf")
         self._files: dict[str, tuple[int, int]] = {}  # what we have open, by suffix: device and inode
         self._db = self._open()
 
@@ -122,7 +123,7 @@ class Database:
 
     def write(self, statements: List[Statement]) -> bool:
         """Carry out all of them in one transaction; return False, with `trouble` set, if that cannot be done now."""
-        lost = self._lost()
+        lost = self._lost() if time.monotonic() > self._looked_at + LOOK_SECS else ""
         if lost and not self._repair(lost):
             return self._refused(sqlite3.OperationalError(lost))
         e = self._transaction(statements)
@@ -195,6 +196,7 @@ class Database:
 
     def _lost(self) -> str:
         """Return why what we write would not last, "" if it does: somebody deleted or replaced the file."""
+        self._looked_at = time.monotonic()
         for suffix, ours in self._files.items():
             there = _identity(self._path + suffix)
             if there != ours:
