@@ -346,3 +346,17 @@ def test_old_rows_are_removed_some_at_a_time(tmp_path: Path) -> None:
     assert turns == 2 and registry.events(0, 10) == []
     assert new_id() != registry.get("sequence") == "2500"
     registry.close()
+
+
+def test_a_file_that_goes_before_the_first_write_is_noticed(tmp_path: Path, said: list[str]) -> None:
+    """A core that has just begun has read its agents, and written nothing yet."""
+    registry = Registry(str(tmp_path / "registry.db"), said.append, 1000, 60.0, 1000)
+    registry.add_agent(Record("agent"), {"command": ["x"]})
+    for path in tmp_path.iterdir():
+        path.unlink()
+    wait_until(lambda: registry.commit() and (registry.look() or said), what="the loss to be noticed")
+    assert "deleted" in said[0]
+    registry.close()
+    again = Registry(str(tmp_path / "registry.db"), said.append, 1000, 60.0, 1000)
+    assert [row.id for row in again.agents()] == ["agent"] and again.spec("agent") == {"command": ["x"]}
+    again.close()

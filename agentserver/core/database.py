@@ -66,6 +66,7 @@ class Database:
         self._repaired_at = self._scanned_at = self._looked_at = float("-inf")
         self._files: dict[str, tuple[int, int]] = {}  # what we have open, by suffix: device and inode
         self._db = self._open()
+        self._files = self._identities()
 
     # ------------------------------------------------------------ opening
 
@@ -132,8 +133,6 @@ class Database:
         if e is not None:
             return self._refused(e)
         self.unfolded = True
-        if not self._files:
-            self._files = {suffix: _identity(self._path + suffix) for suffix in _SUFFIXES}
         if self.trouble is not None:
             self.trouble = None
             self._db.execute(f"PRAGMA busy_timeout = {LOCK_MS}")
@@ -193,6 +192,9 @@ class Database:
             raise RequestError(f"the registry cannot be read: {e}", "unavailable") from None
 
     # ------------------------------------------------------------ damage
+
+    def _identities(self) -> dict[str, tuple[int, int]]:
+        return {suffix: _identity(self._path + suffix) for suffix in _SUFFIXES}
 
     def _lost(self) -> str:
         """Return why what we write would not last, "" if it does: somebody deleted or replaced the file."""
@@ -258,7 +260,7 @@ class Database:
             db = self._connect(self._path)
         except (sqlite3.Error, OSError) as e:
             raise SystemExit(f"the new registry {self._shown} cannot be opened: {e}") from None  # the next core tries
-        self._files = {}
+        self._files = self._identities()
         kept = f"it was kept as {aside} and " if aside else ""
         self._say(f"the registry {why}; {kept}a new one was begun, with "
                   f"{counts.get('agents', 0)} agents and {counts.get('events', 0)} events that could be read")

@@ -243,6 +243,10 @@ class Hand(threading.Thread):
 
     def _delete_registry(self) -> bool:
         """Take the registry's files away under a core that lives: it has to notice, and to write them anew."""
+        try:
+            self.server.ask({"type": "health_check_request"})
+        except (OSError, ValueError):
+            return False  # without a core nobody has them open: what was in them only is lost
         path = self.state_dir / "registry.db"
         for suffix in ("", "-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
