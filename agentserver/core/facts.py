@@ -40,9 +40,10 @@ class Facts:
         self._parts = told
         self._json = b""
 
-    def set_open(self, told: Json) -> None:
-        """Note how many descriptors keeper and shell have open: only root may count those of others (privacy.py)."""
-        self._open = told
+    def set_open(self, told: Json | None) -> None:
+        """Note how many descriptors keeper and shell have open, if that was told: only root may count those of others
+        (privacy.py)."""
+        self._open = told if told is not None else self._open
 
     def set_reload_failed(self, why: str) -> None:
         """Note why the last reload failed, "" if it did not."""

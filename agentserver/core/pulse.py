@@ -21,12 +21,13 @@ ASK_SECS = 2.0        # between two questions to a part
 TOLD_SECS = 5.0       # without an answer, before it is said
 GIVEN_UP_SECS = 10.0  # without an answer, before the part is killed and started again
 START_SECS = 30.0     # without a word, for a part that does not serve yet, before the same
+NEWS_ASKS = 5         # from one question that comes with news to the next
 GAP_SECS = 1.0        # by which the keeper may wake too late before it takes itself for one that was stopped
 
 
 class Pulse:
     """See the module. `stands_still(part, sentence)` hears that a part does not answer, and "" when it does again;
-    `news(part)` is told to a part with the question."""
+    `news(part)` is told to a part with some of the questions."""
 
     def __init__(self, stands_still: Callable[[Part, str], None], clock: Callable[[], float] = time.monotonic,
                  news: Callable[[Part], Json] = lambda part: {}) -> None:
@@ -60,7 +61,8 @@ class Pulse:
         for part in parts:
             if part.answers and not part.asked and part.channel is not None:
                 part.asked = self._number
-                part.channel.send({"ping": self._number, **self._news(part)})
+                news = self._news(part) if self._number % NEWS_ASKS == 1 else {}
+                part.channel.send({"ping": self._number, **news})
 
     def _speak(self, part: Part) -> None:
         if part.answers and part.silent >= TOLD_SECS and not part.still:

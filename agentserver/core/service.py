@@ -227,7 +227,7 @@ class Service:
             changed = self.facts.look_at_shell()
             if changed is not None:
                 self._say(changed or "the program that serves the network runs again")
-            self.facts.set_open(word.get("open", {}))
+            self.facts.set_open(word.get("open"))
             if word["ping"] % RESTORE_PINGS == 0:
                 self._restore()
         elif "parts" in word:
