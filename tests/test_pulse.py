@@ -177,3 +177,16 @@ def test_parts_that_stand_still(start_server: Callable[..., Server]) -> None:
             assert wire.output(agents[server]) == b"ready\nx\n" and wire.exit(agents[server])["code"] == 0
     assert traced_core.pids() == before[traced_core] and both.pids() == before[both]
     assert process_state(before[shell]["core"]) != "", "a shell that stands still costs no core"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")
+def test_a_core_that_stands_still_while_the_server_is_to_end(start_server: Callable[..., Server]) -> None:
+    """Another one ends the agents; the time that they may take is not waited out for nothing."""
+    server = start_server("--shutdown-timeout-secs", "1000")
+    with LineWire(server.socket_path) as wire:
+        wire.spawn("sleeper")
+    os.kill(server.pids()["core"], signal.SIGSTOP)
+    server.process.terminate()
+    assert server.process.wait(3 * DEADLINE_SECS) == 0
+    assert "did not answer" in server.logs()
+    server.close()
