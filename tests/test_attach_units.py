@@ -170,6 +170,10 @@ def test_a_link_that_is_open_is_closed() -> None:
     assert b"]8;;\x1b" not in after(b"\x1b]8;;http://box\x1b\\x\x1b]", b"8;", b";", b"\x1b\\").undo()
 
 
+def test_the_other_character_set_is_left() -> None:
+    assert b"\x0f" in after(b"\x1b)0\x0elqqk").undo() and b"\x0f" not in after(b"\x0elqqk\x0f").undo()
+
+
 def test_kitty_keys_of_each_screen_are_popped_on_it() -> None:
     back = after(b"\x1b[>1u\x1b[?1049h\x1b[>3u\x1b[>5u").undo()
     assert back.index(b"\x1b[<2u") < back.index(b"\x1b[?1049l") < back.index(b"\x1b[<1u")

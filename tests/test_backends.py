@@ -332,3 +332,9 @@ def test_the_page_shows_the_built_in_command_lines() -> None:
         for word in set(backend.tools.values()):
             assert word in page
     assert " ".join(BUILTIN["claude"].argv_pipe[-2:]) in page
+
+
+def test_a_program_may_be_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/u")
+    assert from_section("mine", {"program": "~/bin/tool", "argv": "tool -- {task}"}).argv[0] == "/home/u/bin/tool"
+    assert from_section("mine", {"argv": "~/bin/tool -- {task}"}).argv == ("/home/u/bin/tool", "--", "{task}")

@@ -23,11 +23,12 @@ _KNOWN = frozenset((*OFF, *ON, *ALTERNATE))
 _OF_XTERM = frozenset((*ALTERNATE, *OFF[OFF.index(b"?1000"):]))
 _HOMING = (b"?6", b"?69", b"?3")  # these move the cursor
 
-#: what changes a state: modes, keypad, resets, scrolling region, keyboard protocols, cursor shape, colours, progress
+#: what changes a state: shifts, modes, keypad, resets, scrolling region, keyboard protocols, cursor shape, links,
+#: colours, progress
 _STATE = re.compile(
-    rb"\x1b(?:\[(?P<modes>\??[0-9;]+)(?P<set>[hl])|(?P<escape>[=>c])|\[(?P<soft>!)p|\[(?P<region>[0-9;]*)r"
-    rb"|\[(?P<kitty>[<>=])(?P<flags>[0-9;]*)u|\[>4(?P<keys>;[0-9]+)?(?P<final>[mn])|\[(?P<shape>[0-9]*) q"
-    rb"|\((?P<charset>[0-9A-Z<=>])|\](?P<colour>1[0-9]|4|8|9);(?P<value>[^\x07\x1b]*))")
+    rb"(?P<shift>[\x0e\x0f])|\x1b(?:\[(?P<modes>\??[0-9;]+)(?P<set>[hl])|(?P<escape>[=>c])|\[(?P<soft>!)p"
+    rb"|\[(?P<region>[0-9;]*)r|\[(?P<kitty>[<>=])(?P<flags>[0-9;]*)u|\[>4(?P<keys>;[0-9]+)?(?P<final>[mn])"
+    rb"|\[(?P<shape>[0-9]*) q|\((?P<charset>[0-9A-Z<=>])|\](?P<colour>1[0-9]|4|8|9);(?P<value>[^\x07\x1b]*))")
 #: ends a sequence or a string that was cut off; to tmux CAN is a part of some strings
 CANCEL = b"\x18\x1b\\"
 _LONGEST_START = 64     # bytes of a sequence whose end has not come, that are kept for later
@@ -35,6 +36,7 @@ _MOST_PUSHED = 99       # on the stack of the kitty keyboard protocol; terminals
 
 #: where a sequence is taken back
 _BACK = {"keypad": b"\x1b>", "shape": b"\x1b[0 q", "keys": b"\x1b[>4m", "charset": b"\x1b(B", "link": b"\x1b]8;;\x1b\\",
+         "shift": b"\x0f",
          "progress": b"\x1b]9;4;0\x1b\\", "colour 4": b"\x1b]104\x1b\\",
          **{f"colour {n}": b"\x1b]1%d\x1b\\" % n for n in range(10, 20)}}
 
@@ -89,6 +91,8 @@ class Modes:
             self._keep(kind, match, bool(match["region"].strip(b";")))
         elif kind == "shape":
             self._keep(kind, match, match["shape"] not in (b"", b"0"))
+        elif kind == "shift":  # SO and SI: to the other character set, and back
+            self._keep(kind, match, match["shift"] == b"\x0e")
         elif kind == "charset":
             self._keep(kind, match, match["charset"] != b"B")
         elif kind == "value":

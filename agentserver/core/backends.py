@@ -19,6 +19,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 from .. import messages, wire
 from ..config import check_backend_keys
 from ..errors import ConfigError, RequestError
+from ..paths import expanded
 
 BASE_ENVIRONMENT = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TERM", "TMPDIR",
                     "SSL_CERT_FILE", "SSL_CERT_DIR", "NODE_EXTRA_CA_CERTS")
@@ -166,6 +167,7 @@ class _Section:
         program = self.mapping.get("program", backend.argv[0])
         if not isinstance(program, str) or not program or "{" in program:
             raise self.wrong("program", "program must be a name or a path, without braces")
+        program = expanded(program)
         pipe = (program, *backend.argv_pipe[1:]) if backend.argv_pipe else ()
         return replace(backend, argv=(program, *backend.argv[1:]), argv_pipe=pipe)
 
