@@ -20,6 +20,7 @@ from test_faults import back
 from wire import LineWire, ZmqWire, new_id
 
 from agentserver import wire as strict
+from agentserver.core.registry import ATTEMPTS_MOST, Registry
 
 HEALTH = b'{"type":"health_check_request","request_id":"h"}'
 TRUE = ["/bin/true"]
@@ -197,6 +198,17 @@ def test_many_names_cost_no_more_than_many_ids(unix: LineWire) -> None:
     names = [f"n{n % 30}" for n in range(10_000)]
     batch = unix.ok("batch_control_command", command_type="get_status", agent_ids=names)
     assert batch["successful"] == 10_000 and len({result["agent_id"] for result in batch["results"]}) == 30
+
+
+def test_of_an_agent_the_last_attempts_are_kept(tmp_path: Path) -> None:
+    kept = Registry(str(tmp_path / "registry.db"), lambda sentence: None, 1000, 60.0, 1000)
+    for attempt in range(1, ATTEMPTS_MOST + 500):
+        kept.save_attempt("a", attempt, {"attempt": attempt})
+        if attempt % 100 == 0:
+            kept.commit()
+    found = [each["attempt"] for each in kept.attempts("a")]
+    assert found == list(range(500, ATTEMPTS_MOST + 500))
+    kept.close()
 
 
 # ---------------------------------------------------------------- others meanwhile

@@ -146,7 +146,7 @@ def test_a_mistake_about_one_connection_ends_that_one(flawed: Flawed) -> None:
 
 
 @pytest.mark.parametrize("mistake", ["raise ValueError('a mistake')", "raise MemoryError"])
-@pytest.mark.parametrize("where", ["    reply = yield from self._once(cls, obj, peer, pace)\n",
+@pytest.mark.parametrize("where", ["    reply = yield from self._answer(request, obj, peer)\n",
                                    "self._tell_others(request_id, obj, reply)\n",
                                    "return self._supervisor.standstill.hold(reply)\n"])
 def test_a_mistake_about_one_request_is_one_reply(flawed: Flawed, where: str, mistake: str) -> None:

@@ -55,10 +55,10 @@ class Batch:
         #: the codes of those that failed
         self.failed: list[str] = []
 
-    def steps(self, refs: Sequence[str] | None, choose: Callable[[], list[str]],
+    def steps(self, refs: Sequence[str] | None, choose: Callable[[], Generator[bool, None, list[str]]],
               pace: Pace) -> Generator[bool, None, None]:
         """Do all, in steps; each yields whether the rest may be left undone. Without `refs`, `choose` says for whom."""
-        self._begin(refs, choose)
+        yield from self._begin(refs, choose)
         begun: set[str] = set()
         since = self._commands.now()
         for ref in self._refs[len(self.results):]:
@@ -71,11 +71,13 @@ class Batch:
                 pace.begin()
         self._standstill.give_back(begun)
 
-    def _begin(self, refs: Sequence[str] | None, choose: Callable[[], list[str]]) -> None:
+    def _begin(self, refs: Sequence[str] | None,
+               choose: Callable[[], Generator[bool, None, list[str]]]) -> Generator[bool, None, None]:
         """Begin anew, or where a core before us had come to."""
         progress = self._registry.progress(self._work.ask.request_id) if self._effect else {}
-        chosen = progress.pop(_CHOSEN, [])
-        self._refs = chosen or (choose() if refs is None else refs)
+        self._refs = progress.pop(_CHOSEN, []) or refs or ()
+        if refs is None and not self._refs:
+            self._refs = yield from choose()
         self._room -= len(self._refs) * _SKIPPED_BYTES + len(encode_text(list(self._refs)))
         if self._room < (DEED_BYTES if self._effect else 0):
             raise RequestError(f"a reply for {len(self._refs)} agents would have more than {self._work.room} bytes; "

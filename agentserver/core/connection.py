@@ -128,9 +128,13 @@ class Connection:
                 return
             if data.startswith(framing.PREFACE) and not self._inboxes:
                 self._lines, data = None, data[len(framing.PREFACE):]
+            elif data.count(b"\n") <= WAITING_MOST:
+                for line in self._lines.feed(data):
+                    self._put(0, b"", line)
+                return
             else:
                 self._uncut = memoryview(data)
-                self._cut_lines(len(data) if data.count(b"\n") <= WAITING_MOST else CUT)
+                self._cut_lines()
                 return
         for tag, head, body in self._frames.feed(data):
             if tag == 0:
@@ -138,10 +142,10 @@ class Connection:
             else:
                 self._put(tag, head, body)
 
-    def _cut_lines(self, piece: int = CUT) -> None:
+    def _cut_lines(self) -> None:
         """Cut lines from what was read, so many bytes at once, until enough of them wait."""
         while self._uncut and self._lines is not None and self._waiting < WAITING_MOST:
-            data, self._uncut = bytes(self._uncut[:piece]), self._uncut[piece:]
+            data, self._uncut = bytes(self._uncut[:CUT]), self._uncut[CUT:]
             for line in self._lines.feed(data):
                 self._put(0, b"", line)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
+from types import GeneratorType
 from typing import Any, Callable, Generator, NamedTuple, Union
 
 from .. import messages as m
@@ -30,6 +31,7 @@ from .scheduler import Pace
 from .supervisor import Supervisor
 
 HEAD_BYTES = 1024  # of a reply, beside its list
+LARGE_BYTES = 64 * 1024  # a longer message is parsed, checked and done in three steps
 EVENTS_AT_ONCE = 200     # read from the registry in one step
 QUERY = "query_output"  # the one command whose reply comes later
 
@@ -43,10 +45,12 @@ class Peer(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A reply that is encoded already, and whether anything was done that must not be done again."""
+    """A reply that is encoded already, whether anything was done that must not be done again, and the agent as long as
+    which that is remembered."""
 
     reply: bytes
     changed: bool = False
+    agent_id: str | None = None
 
 
 #: makes a reply, or a promise of one; each step yields whether the rest may be left undone when nobody waits for it
@@ -93,7 +97,6 @@ class Control:
         """Make the reply to one message, or a promise of it, in steps; `None` stands for a message that was too long to
         be kept. `again`: it was read before, and had to wait."""
         reply_type, request_id, obj, size = "error_response", None, again, 0
-        pace = Pace(self._clock)
         try:
             if again is None:
                 self._count("requests")
@@ -107,11 +110,14 @@ class Control:
                 raise refusal
             if cls is None:
                 raise _unknown_type(obj)
-            m.read_request_id(obj)
-            if pace.over():
+            if request_id is None:
+                m.read_request_id(obj)
+            if size > LARGE_BYTES:
                 yield False
-                pace.begin()
-            reply = yield from self._once(cls, obj, peer, pace)
+            request = read(cls, obj)
+            if size > LARGE_BYTES:
+                yield False
+            reply = yield from self._answer(request, obj, peer)
             if isinstance(reply, Pending):
                 return reply
         except AgentServerError as e:
@@ -174,19 +180,21 @@ class Control:
         if obj is not None and obj.get("type") == "spawn_request":
             self._count("failed_spawns")
 
-    def _once(self, cls: Any, obj: Json, peer: Peer, pace: Pace) -> Steps:
-        """Do what is asked, or repeat the reply if it was done."""
-        request = read(cls, obj)
-        if pace.over():
-            yield False
-            pace.begin()
+    def _answer(self, request: Any, obj: Json, peer: Peer) -> Steps:
+        """Do what is asked, or say what is asked for."""
+        if _has_effect(request):
+            ask = Ask(peer.name, obj["request_id"], hashlib.sha256(canonical(obj)).digest())
+            return (yield from self._once(request, obj, ask, peer))
         if _asks_for_lines(request):
             return self._query(request, obj["request_id"], peer.turn)
-        if not _has_effect(request):
-            return (yield from self._do(request, Ask(peer.name, obj["request_id"]), peer))[0]
-        ask = Ask(peer.name, obj["request_id"], hashlib.sha256(canonical(obj)).digest())
-        if pace.over():
-            yield False
+        ask = Ask(peer.name, obj["request_id"])
+        result = self._handlers[request.type](request, ask, peer)
+        if type(result) is GeneratorType:
+            result = yield from result
+        return self._encoded(request, ask, result)
+
+    def _once(self, request: Any, obj: Json, ask: Ask, peer: Peer) -> Steps:
+        """Do what is asked, or repeat the reply if it was done."""
         doing = self._doing.get(ask.request_id)
         if doing is not None:
             return self._join(doing, ask)
@@ -199,14 +207,18 @@ class Control:
         self._registry.check_room()
         self._doing[ask.request_id] = _Doing(obj, ask.digest)
         try:
-            reply, agent_id, changed = yield from self._do(request, ask, peer)
+            result = self._handlers[request.type](request, ask, peer)
+            if type(result) is GeneratorType:
+                result = yield from result
+            reply = self._encoded(request, ask, result)
         except Exception:
             self._registry.settle(ask.request_id)
             raise
-        if changed:
-            self._registry.remember(ask, reply, agent_id)
-            return Deed(reply)
-        return reply
+        if isinstance(result, Done) and not result.changed:
+            self._registry.settle(ask.request_id)
+            return reply
+        self._registry.remember(ask, reply, result.agent_id if isinstance(result, Done) else None)
+        return Deed(reply)
 
     @staticmethod
     def _join(doing: _Doing, ask: Ask) -> Pending:
@@ -216,16 +228,11 @@ class Control:
         doing.others.append(promise)
         return promise
 
-    def _do(self, request: Any, ask: Ask, peer: Peer) -> Generator[bool, None, tuple[bytes, str | None, bool]]:
-        """Return the reply, the agent it is remembered with, and whether anything was done."""
-        result = self._handlers[request.type](request, ask, peer)
-        if isinstance(result, Generator):
-            result = yield from result
+    @staticmethod
+    def _encoded(request: Any, ask: Ask, result: Any) -> bytes:
         if isinstance(result, Done):
-            return result.reply, None, result.changed
-        head = {"type": request.reply, "request_id": ask.request_id, "success": True}
-        agent_id = result["agent_info"]["id"] if isinstance(request, m.SpawnRequest) else None
-        return encode({**head, **result}), agent_id, True
+            return result.reply
+        return encode({"type": request.reply, "request_id": ask.request_id, "success": True, **result})
 
     # ------------------------------------------------------------ one request each
 
@@ -243,12 +250,14 @@ class Control:
     def _statistics(self, request: m.StatsRequest, ask: Ask, peer: Peer) -> Json:
         return {"stats": self._stats()}
 
-    def _spawn(self, request: m.SpawnRequest, ask: Ask, peer: Peer) -> Json:
+    def _spawn(self, request: m.SpawnRequest, ask: Ask, peer: Peer) -> Done:
         self._count("spawn_requests")
         begun = [self._supervisor.agents[agent_id] for agent_id in ask.begun if agent_id in self._supervisor.agents]
         agent = begun[0] if begun else self._supervisor.spawn(request.config, request.metadata, ask)
         self._count("successful_spawns")
-        return {"agent_info": agent.info(), "server_id": self._supervisor.config.server_id}
+        head = {"type": request.reply, "request_id": ask.request_id, "success": True,
+                "server_id": self._supervisor.config.server_id}
+        return Done(b'%s,"agent_info":%s}' % (encode(head)[:-1], agent.info_json().encode("ascii")), True, agent.id)
 
     def _list(self, request: m.ListAgentsRequest, ask: Ask, peer: Peer) -> Making:
         self._count("list_requests")
@@ -299,7 +308,8 @@ class Control:
         supervisor = self._supervisor
         work = Work(request.command_type, checked, ask, request.fail_fast, self._limit - HEAD_BYTES)
         batch = Batch(work, supervisor.find, self._commands, self._registry, supervisor.standstill)
-        yield from batch.steps(request.agent_ids, lambda: self._labelled(request), Pace(self._clock))
+        pace = Pace(self._clock)
+        yield from batch.steps(request.agent_ids, lambda: self._labelled(request, pace), pace)
         results, failed = batch.results, batch.failed
         head = {"type": request.reply, "request_id": ask.request_id, "success": not failed,
                 "successful": len(results) - len(failed), "failed": len(failed)}
@@ -307,11 +317,17 @@ class Control:
             head.update(error=f"{len(failed)} of {len(results)} failed; see results", error_code=failed[0])
         return Done(_with_list(head, "results", results), changed=len(failed) < len(results))
 
-    def _labelled(self, request: m.BatchControlCommand) -> list[str]:
+    def _labelled(self, request: m.BatchControlCommand, pace: Pace) -> Generator[bool, None, list[str]]:
         """Return the agents that labels choose, of those that the command can be meant for."""
         labels, ended = (request.labels or {}).items(), request.command_type == "remove"
-        return [agent.id for agent in self._supervisor.agents.values()
-                if labels <= agent.labels.items() and agent.terminal == ended]
+        known, found = self._supervisor.agents, []
+        for agent in list(known.values()):
+            if labels <= agent.labels.items() and agent.terminal == ended and agent.id in known:
+                found.append(agent.id)
+            if pace.over():
+                yield False
+                pace.begin()
+        return found
 
     def _query(self, request: Any, request_id: str, by: str) -> Pending:
         """Have the output of an agent searched by a process of its own; its answer becomes the reply."""
@@ -367,7 +383,7 @@ class Control:
                 raise
             return ref
 
-    def _subscribe(self, request: m.SubscribeRequest, ask: Ask, peer: Peer) -> Json:
+    def _subscribe(self, request: m.SubscribeRequest, ask: Ask, peer: Peer) -> Making:
         if peer.subscriber is None:
             raise RequestError("subscribe_request is for the Unix socket; over ZeroMQ subscribe to the topic on the "
                                "publishing endpoint that health_check_request tells")
@@ -376,13 +392,17 @@ class Control:
         self._feed.subscribe(peer.subscriber, request.topics)
         if request.since is not None:
             self._feed.replay(peer.subscriber, request.since)
-        for topic in dict.fromkeys([*new, *request.announce]):
-            self.announce(topic, peer.subscriber)
+        yield from self.announce(list(dict.fromkeys([*new, *request.announce])), peer.subscriber)
         return {"topics": list(peer.subscriber.topics), "sequence": self._registry.sequence}
 
-    def announce(self, topic: str, subscriber: Subscriber) -> None:
-        """Tell a subscriber where a topic stands."""
-        self._commands.announce(topic, subscriber)
+    def announce(self, topics: list[str], subscriber: Subscriber) -> Generator[bool, None, None]:
+        """Tell a subscriber where topics stand, in steps."""
+        pace = Pace(self._clock)
+        for topic in topics:
+            self._commands.announce(topic, subscriber)
+            if pace.over():
+                yield True
+                pace.begin()
 
     def _shutdown(self, request: m.ShutdownRequest, ask: Ask, peer: Peer) -> Json:
         self._on_shutdown(request, ask)

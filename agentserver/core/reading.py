@@ -37,6 +37,8 @@ def told(output: OutputLog, stream: str, offset: int, most: int, over: bool, tim
     last = got.offset + count
     rest: Json = {"encoding": encoding, "bytes": count, "offset": got.offset, "next_offset": last,
                   "first_offset": got.first_offset, "dropped": got.dropped, "eof": over and last >= end}
+    if got.dropped:
+        rest["dropped_reason"] = output.why_dropped(stream, got)
     if not count:
         rest["message"] = "the stream has ended" if rest["eof"] else "nothing new"
     if times:

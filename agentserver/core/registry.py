@@ -63,6 +63,7 @@ _TABLES = {
     "progress": ("rowid", "request_id, position, at, digest, results"),
     "events": ("sequence", "sequence, at, agent_id, message"), "quarantine": ("rowid", "at, source, why, content")}
 _WHOLE = Schema(SCHEMA_VERSION, _SCHEMA, _ADDED, "states_of_none", _TABLES)
+ATTEMPTS_MOST = 1000  # of one agent, the last ones
 REQUEST_SECS = 24 * 3600.0
 TRIM_EVERY = 50       # events; between two looks whether there are too many
 TRIM_ROWS = 1000      # that are removed in one turn
@@ -386,12 +387,15 @@ class Registry:
         """Remember one attempt with its exit record."""
         self._backlog.put(("attempt", agent_id, attempt), "INSERT OR REPLACE INTO attempts VALUES (?, ?, ?)", agent_id,
                           attempt, encode_text(record))
+        if attempt > ATTEMPTS_MOST:
+            self._backlog.put(("attempts", agent_id), "DELETE FROM attempts WHERE agent_id = ? AND attempt <= ?",
+                              agent_id, attempt - ATTEMPTS_MOST)
 
     def attempts(self, agent_id: str) -> list[Json]:
-        """Return the attempts of an agent, first to last, also those that wait to be written."""
+        """Return the attempts of an agent that are kept, first to last, also those that wait to be written."""
         found = {}
-        for attempt, stored in self._rows("SELECT attempt, CAST(record AS BLOB) FROM attempts WHERE agent_id = ?",
-                                          agent_id):
+        for attempt, stored in self._rows("SELECT attempt, CAST(record AS BLOB) FROM attempts WHERE agent_id = ? "
+                                          "ORDER BY attempt DESC LIMIT ?", agent_id, ATTEMPTS_MOST):
             try:
                 found[int(attempt)] = _decoded(stored)
             except Exception as e:
@@ -399,7 +403,7 @@ class Registry:
                                      "DELETE FROM attempts WHERE agent_id = ? AND attempt IS ?", agent_id, attempt)
         found.update((number, _decoded(record.encode())) for agent, number, record in self._backlog.of("attempt")
                      if agent == agent_id)
-        return [found[number] for number in sorted(found)]
+        return [found[number] for number in sorted(found)[-ATTEMPTS_MOST:]]
 
     # ------------------------------------------------------------ requests that were done
 

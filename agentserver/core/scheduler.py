@@ -164,7 +164,8 @@ class Scheduler:
         """Do one step of the next task of the owner that was charged least."""
         clock = self._reactor.clock
         charged, _, owner = heapq.heappop(self._queue)
-        self._least = max(self._least, charged)
+        if charged > self._least:
+            self._least = charged
         task, began = owner.tasks[0], clock()
         self._reactor.guard("a task", task.step)
         owner.charged += clock() - began
@@ -175,7 +176,8 @@ class Scheduler:
             self._enter(owner)
 
     def _enter(self, owner: _Owner) -> None:
-        owner.charged = min(owner.charged, self._least + DEBT_SECS)
+        if owner.charged > self._least + DEBT_SECS:
+            owner.charged = self._least + DEBT_SECS
         self._count += 1
         heapq.heappush(self._queue, (owner.charged, self._count, owner))
 

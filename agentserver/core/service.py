@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import socket
-from typing import Callable, Sequence
+from typing import Callable, Generator, Sequence
 
 from ..config import ServerConfig
 from ..errors import AgentServerError, RequestError
@@ -470,10 +470,12 @@ class Service:
 
     def caught_up(self, connection: Connection, missed: list[str]) -> None:
         """Tell who was too slow where the topics stand of which something was dropped."""
-        def tell() -> None:
-            for topic in missed if connection in self._connections else ():
-                self.control.announce(topic, connection)
-        self.reactor.soon(tell)
+        def tell() -> Generator[None, None, None]:
+            for _ in self.control.announce(missed, connection):
+                if connection not in self._connections:
+                    return
+                yield
+        self.scheduler.add(connection.name, tell())
 
     def gone(self, connection: Connection) -> None:
         """Forget a closed connection."""
