@@ -225,11 +225,11 @@ def test_files_of_an_agent_that_cannot_be_written(start_server: Callable[..., Se
         assert db.execute("SELECT id FROM agents").fetchall() == [(each,)], "the spawn that failed left nothing"
 
 
-def test_an_argument_that_the_locale_cannot_express(start_server: Callable[..., Server]) -> None:
+def test_an_argument_that_the_locale_could_not_express(start_server: Callable[..., Server]) -> None:
     server = start_server(environ={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
     with LineWire(server.socket_path) as wire:
-        assert "locale" in wire.refused("spawn_failed", "spawn_request", config={"command": ["/bin/echo", "\u6f22"]})
-        assert wire.agents(all=True) == []
+        agent = wire.ok("spawn_request", config={"command": ["/bin/echo", "\u6f22"]})["agent_info"]["id"]
+        assert wire.output(agent) == "\u6f22\n".encode()
 
 
 def test_output_while_there_is_no_descriptor_left(start_server: Callable[..., Server]) -> None:

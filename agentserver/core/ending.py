@@ -26,6 +26,7 @@ from .run import Run
 from .scheduler import Scheduler, Task
 from .tree import Proc
 
+REAPED_MOST = 200  # children that are reaped in one turn
 AT_ONCE = 50      # processes of a tree that are killed in one step
 CHASES = 5        # looks at what has just come to us, before one at all processes
 PAUSE_SECS = 0.01  # between two such steps
@@ -170,7 +171,7 @@ class Ending:
         return bool(self._parting)
 
     def reap(self) -> None:
-        """Collect every child that ended: leaders, orphans that came back to us, and those that work for us."""
+        """Collect the children that ended: leaders, orphans that came back to us, and those that work for us."""
         gone: list[Agent] = []
         helped: list[tuple[Callable[[Ended], None], Ended]] = []
         family = self._family
@@ -178,16 +179,21 @@ class Ending:
             agent = family.reaped(pid)
             if agent is None or agent.run is None:
                 helped.append((family.helped(pid), process.reap(pid)))
-                continue
-            if not family.sees:  # the group's number is ours only until its leader is reaped
-                process.send_group(pid, SIGKILL)
-            assert agent.run is not None
-            self._reactor.guard("noting an end", self._last_words.note, pid, code, number)
-            agent.run.ended = process.reap(pid)
-            gone.append(agent)
+            else:
+                self._reap_leader(agent, agent.run, pid, code, number)
+                gone.append(agent)
+            if len(gone) + len(helped) >= REAPED_MOST:  # the rest in the next turn
+                self._reactor.soon(self.reap)
+                break
         self._all_part(gone)
         for tell, ended in helped:
             self._reactor.guard("the end of a process of ours", tell, ended)
+
+    def _reap_leader(self, agent: Agent, run: Run, pid: int, code: int | None, number: int | None) -> None:
+        if not self._family.sees:  # the group's number is ours only until its leader is reaped
+            process.send_group(pid, SIGKILL)
+        self._reactor.guard("noting an end", self._last_words.note, pid, code, number)
+        run.ended = process.reap(pid)
 
     def departed(self, pid: int, start: int, ended: Ended) -> None:
         """The keeper saw the end of a process that a core before us had started, or of something such a one left."""
