@@ -12,6 +12,7 @@ import random
 import select
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -20,7 +21,9 @@ from test_faults import back
 from wire import LineWire, ZmqWire, new_id
 
 from agentserver import wire as strict
-from agentserver.core.registry import ATTEMPTS_MOST, Registry
+from agentserver.core.batch import Batch, Work
+from agentserver.core.registry import ATTEMPTS_MOST, Ask, Registry
+from agentserver.core.scheduler import Pace
 
 HEALTH = b'{"type":"health_check_request","request_id":"h"}'
 TRUE = ["/bin/true"]
@@ -187,6 +190,26 @@ def test_a_deed_is_tried_only_while_its_result_fits(start_server: Callable[..., 
         assert codes == [None] + ["stdin_closed"] * tried + ["message_too_large"] * (41 - tried) and 0 < tried < 40
         wire.control(echo, "close_stdin")
         assert wire.output(echo) == b"ready\nx\n"
+
+
+@pytest.mark.parametrize("error, code", [(KeyError("a mistake"), "internal"), (OSError(24, "no room"), "unavailable")])
+def test_what_fails_inside_for_one_agent_costs_that_one(error: Exception, code: str) -> None:
+    logged: list[Exception] = []
+
+    def do(agent: Any, command: str, payload: Any, ask: Any) -> Json:
+        if agent.id == "b":
+            raise error
+        return {"status": "running"}
+
+    commands: Any = SimpleNamespace(do=do, now=lambda: 0.0, recent=lambda since: None)
+    standstill: Any = SimpleNamespace(take=set, give_back=lambda begun: None)
+    registry: Any = None
+    work = Work("get_status", None, Ask("me", "r"), False, 10_000)
+    batch = Batch(work, lambda ref: SimpleNamespace(id=ref, status="running", cursors={}),  # type: ignore[arg-type]
+                  commands, registry, standstill, lambda what, mistake: logged.append(mistake))
+    list(batch.steps(["a", "b", "c"], lambda: iter(()), Pace(lambda: 0.0)))  # type: ignore[arg-type,return-value]
+    assert [json.loads(text)["error_code"] for text in batch.results] == [None, code, None] and batch.failed == [code]
+    assert logged == ([error] if code == "internal" else [])
 
 
 # ---------------------------------------------------------------- names

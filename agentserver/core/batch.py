@@ -38,11 +38,11 @@ class Work(NamedTuple):
 
 
 class Batch:
-    """See the module. `find` returns the agent that a reference means, or raises `RequestError`."""
+    """See the module. `find` returns the agent that a reference means, or raises `RequestError`; `mistake` logs one."""
 
     def __init__(self, work: Work, find: Callable[[str], Agent], commands: Commands, registry: Registry,
-                 standstill: Standstill) -> None:
-        self._work, self._find, self._commands = work, find, commands
+                 standstill: Standstill, mistake: Callable[[str, Exception], None]) -> None:
+        self._work, self._find, self._commands, self._mistake = work, find, commands, mistake
         self._registry, self._standstill = registry, standstill
         self._effect = work.command in EFFECTS
         self._success = _Success()
@@ -99,9 +99,17 @@ class Batch:
         try:
             self._try(ref)
         except RequestError as e:
-            self._fit(ref, _refused(ref, str(e), e.code), e.code)
-            if self._work.fail_fast and self._stop is None:
-                self._stop = FAILED
+            self._failed(ref, str(e), e.code)
+        except OSError as e:  # of the output files
+            self._failed(ref, f"the server's disk or descriptors failed: {e.strerror}", "unavailable")
+        except Exception as e:
+            self._mistake("a command of a batch", e)
+            self._failed(ref, "something failed inside the server; its core.log says what", "internal")
+
+    def _failed(self, ref: str, sentence: str, code: str) -> None:
+        self._fit(ref, _refused(ref, sentence, code), code)
+        if self._work.fail_fast and self._stop is None:
+            self._stop = FAILED
 
     def _try(self, ref: str) -> None:
         agent = self._find(ref)

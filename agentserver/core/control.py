@@ -307,7 +307,8 @@ class Control:
             raise RequestError(f"{QUERY} is answered for one agent at a time; send a control_command for each")
         supervisor = self._supervisor
         work = Work(request.command_type, checked, ask, request.fail_fast, self._limit - HEAD_BYTES)
-        batch = Batch(work, supervisor.find, self._commands, self._registry, supervisor.standstill)
+        batch = Batch(work, supervisor.find, self._commands, self._registry, supervisor.standstill,
+                      supervisor.reactor.mistake)
         pace = Pace(self._clock)
         yield from batch.steps(request.agent_ids, lambda: self._labelled(request, pace), pace)
         results, failed = batch.results, batch.failed
