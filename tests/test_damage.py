@@ -217,6 +217,24 @@ def test_a_file_that_is_replaced_is_put_aside(start_server: Callable[..., Server
         assert wire.status(ref) == "running"
 
 
+def test_something_else_in_the_place_of_the_file(start_server: Callable[..., Server]) -> None:
+    """A named pipe would make a core wait for ever; neither a reload nor a core that begins opens it."""
+    server = start_server("--status-update-interval-secs", "86400")
+    with LineWire(server.socket_path) as wire:
+        ref, core = wire.spawn("sleeper"), server.pids()["core"]
+    os.kill(core, signal.SIGSTOP)
+    for name in FILES:
+        (server.state_dir / name).unlink()
+    os.mkfifo(server.state_dir / "registry.db")
+    os.kill(core, signal.SIGKILL)
+    back(server, "core", core)
+    with LineWire(server.socket_path) as wire:
+        assert wire.status(ref) == "running" and "is not a file" in server.logs()
+        core = server.pids()["core"]
+        wire.ok("reload_request")
+    back(server, "core", core)
+
+
 # ---------------------------------------------------------------- one row
 
 def test_one_damaged_event_costs_that_event(start_server: Callable[..., Server]) -> None:

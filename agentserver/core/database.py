@@ -14,7 +14,6 @@ from __future__ import annotations
 import glob
 import os
 import sqlite3
-import stat
 import time
 from typing import Any, Callable, Iterable, List, Mapping, NamedTuple, Tuple
 
@@ -62,6 +61,7 @@ class Database:
         self._shown = os.path.abspath(path)
         self.trouble: Trouble | None = None
         self.unfolded = False      # something was written since the last checkpoint
+        self._unfoldable = False   # the last try to move the log into the file has failed, and that was said
         self.changes = 0           # rows that the last write has changed
         self._repaired_at = self._scanned_at = self._looked_at = float("-inf")
         self._files: dict[str, tuple[int, int]] = {}  # what we have open, by suffix: device and inode
@@ -71,7 +71,7 @@ class Database:
     # ------------------------------------------------------------ opening
 
     def _open(self) -> sqlite3.Connection:
-        if os.path.exists(self._path) and not stat.S_ISREG(os.stat(self._path).st_mode):
+        if os.path.exists(self._path) and not os.path.isfile(self._path):  # opening a named pipe would wait for ever
             return self._begin_anew(None, "is not a file")
         try:
             return self._connect(self._path)
@@ -298,8 +298,11 @@ class Database:
             if self.trouble is None:
                 self._db.execute(f"PRAGMA busy_timeout = {LOCK_MS}")
         except sqlite3.Error as e:  # a full disk: what was committed stays in the log
-            self._say(f"the registry's log cannot be moved into it: {e}; trying again later")
+            if not self._unfoldable:
+                self._say(f"the registry's log cannot be moved into it: {e}; trying again until it can")
+            self._unfoldable = True
             return False
+        self._unfoldable = False
         self.unfolded = self.unfolded and bool(busy)
         return not busy
 
@@ -310,7 +313,7 @@ class Database:
 
 def check(path: str, version: int) -> None:
     """Raise `StartError` if a core that knows this version of the schema could not go on with a file."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):  # a new one is begun
         return
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     try:
