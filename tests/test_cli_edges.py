@@ -7,8 +7,6 @@ Unaware: of what commands do where all is well (test_cli.py).
 from __future__ import annotations
 
 import os
-import pty
-import select
 import shutil
 import signal
 import socket
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+from person import Person
 from support import DEADLINE_SECS, MAIN, Server, agent, clean_environ, wait_until
 from wire import LineWire
 
@@ -153,29 +152,19 @@ def test_ctrl_c_ends_a_loop_around_what_waits(edge: Edge, tmp_path: Path, words:
     deaf = edge.spawn("catcher", "9", "0") if "DEAF" in words else ""
     words = [{"LONG": str(tmp_path / "long"), "DEAF": deaf}.get(word, word) for word in words]
     script = 'for turn in 1 2 3; do echo "turn $turn"; "$@"; done; echo over'
-    argv = [str(shutil.which("bash")), "--norc", "-c", script, "bash", *edge.argv(words)]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(argv[0], argv, {**edge.environ, "SHELL_OF_TEST": "1"})
-    seen, worked, until = b"", "", time.monotonic() + DEADLINE_SECS
-    try:
-        while time.monotonic() < until:
-            if select.select([terminal], [], [], 0.2)[0]:
-                try:
-                    data = os.read(terminal, 65536)
-                except OSError:
-                    break
-                seen += data
-            elif b"turn 1" in seen:
-                worked, before = work(pid), worked
-                if worked == before != "":
-                    os.write(terminal, b"\x03")
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.close(terminal)
-        os.waitpid(pid, 0)
-        if deaf:
-            edge.run("kill", deaf)
+    shell = (str(shutil.which("bash")), "--norc", "-c", script, "bash", *edge.argv(words))
+    with Person(edge.environ, program=shell) as me:
+        worked: list[str] = []
+
+        def waits(text: str) -> bool:
+            worked.append(work(me.process.pid))
+            return "turn 1" in text and len(worked) > 4 and len(set(worked[-4:])) == 1 and worked[-1] != ""
+        me.until(waits)
+        me.type(b"\x03")
+        me.end()
+        seen = bytes(me.raw)
+    if deaf:
+        edge.run("kill", deaf)
     assert seen.count(b"turn ") == 1 and b"Traceback" not in seen and b"over" not in seen, seen
 
 

@@ -7,7 +7,6 @@ Unaware: of what is asked.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from support import DEADLINE_SECS, MAIN, Server, clean_environ, wait_until
+from support import DEADLINE_SECS, MAIN, Server, clean_environ, wait_until, without_ssh
 
 from agentserver import AgentClient, AsyncAgentClient
 from agentserver.errors import LinkError, RequestError, RequestTimeout
@@ -57,24 +56,21 @@ def test_two_threads_at_once(silent: str) -> None:
 
 @pytest.mark.parametrize("link", ["unix", "tcp", "stdio"])
 def test_after_a_fork_both_have_a_connection(shared: Server, link: str) -> None:
-    with AgentClient(shared.address(link), timeout=DEADLINE_SECS) as client:
+    code = """if True:
+        import os, sys, agentserver
+        client = agentserver.AgentClient(sys.argv[1], timeout=20)
         before = client.health().metadata["pid"]
-        reader, writer = os.pipe()
         child = os.fork()
+        good = all(client.health().metadata["pid"] == before for _ in range(20))
         if child == 0:
-            try:
-                for _ in range(20):
-                    assert client.health().metadata["pid"] == before
-                os.write(writer, b"good")
-            finally:
-                os._exit(0)
-        os.close(writer)
-        for _ in range(20):
-            assert client.health().metadata["pid"] == before
-        with os.fdopen(reader, "rb") as told:
-            assert told.read() == b"good"
-        os.waitpid(child, 0)
-        assert client.health().healthy
+            os._exit(0 if good else 1)
+        print(good, os.waitpid(child, 0)[1], client.health().healthy)
+        client.close()
+    """
+    environ = {**clean_environ(shared.state_dir), **without_ssh(shared.mark)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, shared.address(link)], env=environ, text=True,
+                          cwd=str(MAIN.parent.parent), capture_output=True, timeout=DEADLINE_SECS)
+    assert (done.stdout, done.stderr) == ("True 0 True\n", "")
 
 
 @pytest.mark.parametrize("link", ["unix", "tcp"])
