@@ -12,7 +12,7 @@ import socket
 import threading
 from typing import Any, Callable, Dict, List, Optional
 
-from agentserver.core.framing import PREFACE, FrameDecoder, LineDecoder, frame
+from agentserver.core.framing import DEFERRED, PREFACE, FrameDecoder, LineDecoder, frame
 from agentserver.wire import MAX_WIRE
 
 Json = Dict[str, Any]
@@ -37,6 +37,7 @@ class Connection:
     def __init__(self, core: FakeCore, sock: socket.socket) -> None:
         self.core, self.sock = core, sock
         self.hello: Json = {}
+        self.header: Json = {}   # of the request being handled
         self.tag = 0
         self.framed = False
         self._sending = threading.Lock()
@@ -67,7 +68,7 @@ class Connection:
             self.hello = json.loads(header)
             self.core.hellos.append(self.hello)
         else:
-            self.tag = tag
+            self.tag, self.header = tag, json.loads(header)
             self._handle(body)
 
     def _handle(self, raw: bytes) -> None:
@@ -79,6 +80,10 @@ class Connection:
     def reply(self, raw: bytes, tag: Optional[int] = None) -> None:
         """Send a reply, to the request being handled unless told otherwise."""
         self._send(frame(self.tag if tag is None else tag, b"", raw) if self.framed else raw + b"\n")
+
+    def defer(self) -> None:
+        """Say that the reply to the request being handled comes later."""
+        self._send(frame(self.tag, DEFERRED, b""))
 
     def push(self, message: Json) -> None:
         """Send an event."""

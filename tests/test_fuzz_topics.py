@@ -17,11 +17,12 @@ import select
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import pytest
 import zmq
-from support import TESTS, Server, clean_environ, wait_until
+from support import TESTS, Server, clean_environ, short_dir, wait_until
 from test_faults import zmq_answers
 from test_pub import Subscriber
 from wire import LineWire, checked, data_of, new_id
@@ -200,20 +201,35 @@ def test_frames_that_promise_too_much(honest: Honest) -> None:
             raw.close()
 
 
+@pytest.mark.parametrize("kind", [b"SUB", b"DEALER"])
+def test_a_message_that_never_ends(honest: Honest, kind: bytes) -> None:
+    """libzmq keeps the frames of a message until the last one has come, however many: its sender is cut off."""
+    server = honest.server
+    raw = RawSubscriber(server.pub_endpoint if kind == b"SUB" else server.endpoint, kind=kind)
+    with contextlib.closing(raw), contextlib.suppress(OSError):
+        for _ in range(1000):
+            raw.socket.sendall(message(bytes(1000), more=True) * 1000)
+        raise AssertionError("a gigabyte of one message was taken")
+    honest.still_served()
+    assert zmq_answers(server.endpoint)
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system bounds no memory of another process")
 @pytest.mark.parametrize("kind", [b"SUB", b"DEALER"])
-def test_a_message_that_never_ends(start_server: Callable[..., Server], kind: bytes) -> None:
-    """libzmq keeps the frames of a message until the last one has come, however many. So the process with the sockets
-    has a bound of its own; who comes to it is rid of its connection, and everybody else goes on a moment later."""
-    server = start_server("--shell-memory-bytes", str(128 << 20))
+def test_a_message_that_never_ends_over_ipc(start_server: Callable[..., Server], run_dir: Path, kind: bytes) -> None:
+    """The kernel does not count what comes over such a connection, whose other end is of our own user. So the process
+    with the sockets has a bound of its own: its peer is rid of its connection, and everybody else goes on a moment
+    later."""
+    home = short_dir(run_dir)
+    server = start_server("--shell-memory-bytes", str(128 << 20), endpoint=f"ipc://{home}/req",
+                          pub_endpoint=f"ipc://{home}/pub")
     before = server.pids()
     with LineWire(server.socket_path) as wire:
         agent = wire.spawn("echo")
-        endpoint = server.pub_endpoint if kind == b"SUB" else server.endpoint
-        raw, frames = RawSubscriber(endpoint, kind=kind), (b"\3" + (1000).to_bytes(8, "big") + bytes(1000)) * 1000
+        raw = RawSubscriber(server.pub_endpoint if kind == b"SUB" else server.endpoint, kind=kind)
         with contextlib.closing(raw), contextlib.suppress(OSError):
             for _ in range(1000):
-                raw.socket.sendall(frames)
+                raw.socket.sendall(message(bytes(1000), more=True) * 1000)
             raise AssertionError("a gigabyte of one message was taken")
         wait_until(lambda: zmq_answers(server.endpoint), what="the next shell to answer")
         after = server.pids()

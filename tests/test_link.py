@@ -6,13 +6,14 @@ Unaware: of real cores, agents and ZeroMQ.
 """
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
-import threading
+import socket
 import time
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import pytest
 from fakecore import Connection, FakeCore, echo
@@ -312,74 +313,74 @@ def test_a_refusal_leaves_the_others_as_they_were(path: str, asker: LineLink) ->
 
 # ---------------------------------------------------------------- frames
 
-def test_a_frame_link_says_hello_first_and_passes_bytes_untouched(
-        path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
+def answers(link: FrameLink, count: int) -> Dict[int, bytes]:
+    """Return the next replies by tag."""
+    found: Dict[int, bytes] = {}
+    wait_until(lambda: (link.flush(), found.update({tag: body for tag, _header, body in link.take()}),
+                        len(found) == count)[-1])
+    return found
+
+
+def test_a_frame_link_says_hello_first_and_passes_bytes_untouched(path: str, frames: FrameLink) -> None:
     with FakeCore(path) as core:
+        frames.connect()
         for raw in (b'{"a": 1}', b"", b"\xff\n\0", b"y" * 9_000_000):
-            assert frames.request(b'{"kind":"zmq"}', raw, soon(), wake[0]) == echo(raw, core.connections[0])
+            tag = frames.ask(b'{"kind":"zmq"}', raw)
+            assert answers(frames, 1) == {tag: echo(raw, core.connections[0])}
+            frames.forget(tag)
         assert core.heard == [b'{"a": 1}', b"", b"\xff\n\0", b"y" * 9_000_000]
         assert [hello["role"] for hello in core.hellos] == ["requests"]
 
 
-def test_a_stale_reply_is_dropped(path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
+def test_many_are_under_way_and_answered_in_any_order(path: str, frames: FrameLink) -> None:
+    asked: List[int] = []
+
     def handler(raw: bytes, connection: Connection) -> Optional[bytes]:
-        if raw == b"first":
-            return None
-        connection.reply(b"late", connection.tag - 1)
-        return b"right"
-
-    with FakeCore(path, handler):
-        with pytest.raises(LinkError):
-            frames.request(b"{}", b"first", soon(0.05), wake[0])
-        assert frames.request(b"{}", b"second", soon(), wake[0]) == b"right"
-
-
-def test_a_request_is_asked_again_when_the_core_dies(path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
-    def dies(raw: bytes, connection: Connection) -> Optional[bytes]:
-        connection.cut()
+        asked.append(connection.tag)
+        if len(asked) == 50:
+            for tag in reversed(asked):
+                connection.reply(b"%d" % tag, tag)
         return None
 
-    first = FakeCore(path, dies)
-    successor: List[FakeCore] = []
-
-    def succeed() -> None:
-        wait_until(lambda: first.heard)
-        first.close(crash=True)
-        successor.append(FakeCore(path))
-
-    thread = threading.Thread(target=succeed)
-    thread.start()
-    reply = frames.request(b"{}", b'{"request_id": "a"}', soon(), wake[0])
-    thread.join()
-    assert reply and json.loads(reply)["request_id"] == "a"
-    assert set(first.heard) | set(successor[0].heard) == {b'{"request_id": "a"}'}
-    successor[0].close()
+    with FakeCore(path, handler):
+        frames.connect()
+        tags = [frames.ask(b"{}", b"x") for _ in range(50)]
+        assert answers(frames, 50) == {tag: b"%d" % tag for tag in tags}
 
 
-def test_waking_hands_back_control_and_the_request_goes_on(
-        path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
-    with FakeCore(path, lambda raw, connection: b"posted" if raw == b"post" else None) as core:
-        os.write(wake[1], b"x")
-        assert frames.request(b"{}", b"a", soon(), wake[0]) is None
-        os.read(wake[0], 1)
-        wait_until(lambda: core.heard == [b"a"])
-        connection = core.connections[0]
-        asked = connection.tag
+def test_what_is_not_answered_is_asked_again_of_the_next_core_and_nothing_else(path: str, frames: FrameLink) -> None:
+    with FakeCore(path, lambda raw, _: raw if raw == b"first" else None) as core:
+        frames.connect()
+        first, second, third = (frames.ask(b"{}", raw) for raw in (b"first", b"second", b"third"))
+        assert answers(frames, 1) == {first: b"first"}
+        frames.forget(first)
+        wait_until(lambda: core.heard == [b"first", b"second", b"third"])
+    with pytest.raises(LinkError):
+        wait_until(lambda: frames.take())
+    assert frames.fd < 0
+    fourth = frames.ask(b"{}", b"fourth")
+    with FakeCore(path, lambda raw, _: raw) as core:
+        frames.connect()
+        assert answers(frames, 3) == {second: b"second", third: b"third", fourth: b"fourth"}
+        assert core.heard == [b"second", b"third", b"fourth"]
+
+
+def test_a_post_is_answered_and_asked_only_once(path: str, frames: FrameLink) -> None:
+    with FakeCore(path, lambda raw, _: raw) as core:
+        frames.connect()
         frames.post(b"{}", b"post")
-        wait_until(lambda: core.heard == [b"a", b"post"])
-        connection.reply(b"done", asked)
-        assert frames.resume(soon(), wake[0]) == b"done"
+        assert list(answers(frames, 1).values()) == [b"post"]
+        frames.close()
+        frames.connect()
+        wait_until(lambda: len(core.hellos) == 2)
+        assert core.heard == [b"post"]
 
 
-def test_waking_also_ends_the_wait_for_a_core_that_is_away(
-        path: str, frames: FrameLink, wake: Tuple[int, int]) -> None:
-    os.write(wake[1], b"x")
-    assert frames.request(b"{}", b"a", soon(), wake[0]) is None
-    with FakeCore(path, lambda raw, _: raw):
-        os.read(wake[0], 1)
-        assert frames.resume(soon(), wake[0]) == b"a"
-
-
-def test_the_deadline_is_kept_when_nobody_is_there(frames: FrameLink, wake: Tuple[int, int]) -> None:
-    with pytest.raises(LinkError, match="away"):
-        frames.request(b"{}", b"a", soon(0.05), wake[0])
+def test_no_descriptor_left_is_the_links_own_error(
+        path: str, frames: FrameLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr(socket, "socket", none_left)
+    with pytest.raises(LinkError, match="Too many open files"):
+        frames.connect()
+    monkeypatch.undo()

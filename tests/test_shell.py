@@ -1,4 +1,4 @@
-"""The shell: the REP loop, the monitor thread, AgentServer and the keeper's child, against a core that is a thread.
+"""The shell: the request loop, the monitor thread, AgentServer and the keeper's child, against a core that is a thread.
 
 Owns:    the tests of agentserver/shell.
 Runs in: the test process; the child is a real process.
@@ -14,12 +14,12 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List
 
 import pytest
-from fakecore import Connection, FakeCore
+from fakecore import FakeCore
+from served import ANY_PORT, Served, answer
 from support import MAIN, wait_until
 
 zmq = pytest.importorskip("zmq")
@@ -31,69 +31,8 @@ from agentserver.shell import endpoints, listening  # noqa: E402
 from agentserver.shell.link import ZmqLink  # noqa: E402
 from agentserver.shell.monitor import Topics  # noqa: E402
 from agentserver.shell.zap import Zap  # noqa: E402
-from agentserver.wire import encode  # noqa: E402
 
-ANY_PORT = "tcp://127.0.0.1:0"
 ID = "12345678-1234-4234-8234-123456789abc"
-
-
-def answer(raw: bytes, connection: Connection) -> Optional[bytes]:
-    """Answer as a core would, where the shell cares."""
-    try:
-        message = json.loads(raw)
-    except ValueError:
-        return b'{"type": "error_response", "success": false, "bytes": %d}' % len(raw)
-    reply: Dict[str, Any] = {"type": "reply", "request_id": message.get("request_id"), "success": True}
-    if message.get("type") == "stats_request":
-        reply["stats"] = {"requests": 5}
-    if message.get("type") == "health_check_request":
-        reply.update(active_agents=3, uptime_secs=1.5)
-    return encode(reply)
-
-
-class Served:
-    """An AgentServer in a thread, its fake core, and a client's sockets."""
-
-    def __init__(self, state_dir: Path, **settings: Any) -> None:
-        settings = {"endpoint": ANY_PORT, "pub_endpoint": ANY_PORT, **settings}
-        self.path = socket_path(str(state_dir))
-        self.core = FakeCore(self.path, answer)
-        self.server = AgentServer(ServerConfig(state_dir=str(state_dir), **settings))
-        self.errors: List[BaseException] = []
-        self.thread = threading.Thread(target=self._start, daemon=True)
-        self.context = zmq.Context()
-        self.thread.start()
-        wait_until(lambda: self.server.is_running() or not self.thread.is_alive())
-
-    def _start(self) -> None:
-        try:
-            self.server.start()
-        except BaseException as e:
-            self.errors.append(e)
-
-    def socket(self, kind: int, endpoint: str) -> Any:
-        sock = self.context.socket(kind)
-        sock.linger = 0
-        sock.rcvtimeo = 20_000
-        sock.connect(endpoint)
-        return sock
-
-    def ask(self, *frames: bytes) -> Dict[str, Any]:
-        with self.socket(zmq.REQ, self.server.endpoint) as sock:
-            sock.send_multipart(frames)
-            reply: Dict[str, Any] = json.loads(sock.recv())
-            return reply
-
-    def restart_core(self) -> None:
-        self.core.close(crash=True)
-        self.core = FakeCore(self.path, answer)
-
-    def close(self) -> None:
-        self.server.stop()
-        self.core.close()
-        self.thread.join(20)
-        self.context.destroy(linger=0)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture
@@ -217,61 +156,62 @@ def test_a_served_directory_and_a_used_port_are_clear_errors(served: Served, sta
 # ---------------------------------------------------------------- addresses
 
 @pytest.fixture
-def rep() -> Iterator[Any]:
+def router() -> Iterator[Any]:
     context = zmq.Context()
     door = Zap(context)
-    sock = endpoints.rep_socket(context)
+    sock = endpoints.router_socket(context)
     yield sock
     sock.close()
     door.close()
     context.term()
 
 
-def test_an_ipc_socket_is_ours_alone_and_goes_with_us(rep: Any, state_dir: Path) -> None:
+def test_an_ipc_socket_is_ours_alone_and_goes_with_us(router: Any, state_dir: Path) -> None:
     path = state_dir / "rep"
-    bound = listening.bind(rep, f"ipc://{path}")
+    bound = listening.bind(router, f"ipc://{path}")
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600 and bound.endpoint == f"ipc://{path}"
     with zmq.Context() as context, context.socket(zmq.REQ) as req:
         req.linger = 0
         req.connect(bound.endpoint)
         req.send(b"a")
-        assert rep.recv() == b"a"
-        rep.send(b"b")
+        *way, request = router.recv_multipart()
+        assert request == b"a"
+        router.send_multipart([*way, b"b"])
         assert req.recv() == b"b"
-    rep.close()
+    router.close()
     bound.release()
     assert not path.exists()
 
 
-def test_an_ipc_socket_of_a_successor_is_left_alone(rep: Any, state_dir: Path) -> None:
+def test_an_ipc_socket_of_a_successor_is_left_alone(router: Any, state_dir: Path) -> None:
     path = state_dir / "rep"
-    bound = listening.bind(rep, f"ipc://{path}")
+    bound = listening.bind(router, f"ipc://{path}")
     os.unlink(path)
     path.write_text("a successor's")
-    rep.close()
+    router.close()
     bound.release()
     assert path.exists()
 
 
-def test_what_lies_at_an_ipc_path_is_looked_at_first(rep: Any, state_dir: Path) -> None:
+def test_what_lies_at_an_ipc_path_is_looked_at_first(router: Any, state_dir: Path) -> None:
     path = state_dir / "rep"
     path.write_text("a file")
     with pytest.raises(StartError, match="not a socket"):
-        listening.bind(rep, f"ipc://{path}")
+        listening.bind(router, f"ipc://{path}")
     assert path.read_text() == "a file"
     path.unlink()
     with FakeCore(str(path)), pytest.raises(StartError, match="already listens"):
-        listening.bind(rep, f"ipc://{path}")
+        listening.bind(router, f"ipc://{path}")
     FakeCore(str(path)).close(crash=True)
-    listening.bind(rep, f"ipc://{path}").release()
+    listening.bind(router, f"ipc://{path}").release()
 
 
 @pytest.mark.parametrize("endpoint, sentence", [
     ("ipc:///no/such/directory/here", "does not exist"), ("tcp://192.0.2.1:0", "no such address"),
     ("ipc:///" + "x" * 200, "shorter"), ("nonsense", "not an address")])
-def test_addresses_that_cannot_be_bound_are_explained(rep: Any, endpoint: str, sentence: str) -> None:
+def test_addresses_that_cannot_be_bound_are_explained(router: Any, endpoint: str, sentence: str) -> None:
     with pytest.raises(StartError, match=sentence):
-        listening.bind(rep, endpoint)
+        listening.bind(router, endpoint)
 
 
 # ---------------------------------------------------------------- publishing

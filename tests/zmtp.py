@@ -19,11 +19,11 @@ def command(name: bytes, body: bytes) -> bytes:
     return b"\x04" + bytes([len(whole)]) + whole
 
 
-def message(body: bytes) -> bytes:
-    """Return a message of one frame."""
+def message(body: bytes, more: bool = False) -> bytes:
+    """Return a message of one frame, or a frame of one that goes on."""
     if len(body) < 256:
-        return b"\0" + bytes([len(body)]) + body
-    return b"\x02" + len(body).to_bytes(8, "big") + body
+        return bytes([more, len(body)]) + body
+    return bytes([2 | more]) + len(body).to_bytes(8, "big") + body
 
 
 def ready(kind: bytes) -> bytes:
@@ -38,11 +38,12 @@ class RawSubscriber:
     """Connects, shakes hands, subscribes, and then does nothing by itself. It can also be of another `kind`."""
 
     def __init__(self, endpoint: str, *topics: bytes, room: int = 4096, kind: bytes = b"SUB") -> None:
-        host, _, port = endpoint.partition("://")[2].rpartition(":")
-        self.socket = socket.socket()
+        scheme, _, address = endpoint.partition("://")
+        host, _, port = address.rpartition(":")
+        self.socket = socket.socket(socket.AF_UNIX if scheme == "ipc" else socket.AF_INET)
         self.socket.settimeout(DEADLINE_SECS)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
-        self.socket.connect((host, int(port)))
+        self.socket.connect(address if scheme == "ipc" else (host, int(port)))
         self.socket.sendall(GREETING)
         self._exactly(len(GREETING))
         self.socket.sendall(ready(kind))

@@ -265,6 +265,12 @@ class Connection:
                     self._send(part)
             self._desk.dirty(self)
 
+    def later(self, tag: int) -> None:
+        """Tell a shell at once that a reply comes later, so that it holds nobody else for it."""
+        if self._watch.active and self.shell is not None and self.shell.hello.pipelined:
+            self._send(framing.frame(tag, framing.DEFERRED, b""))
+            self._desk.dirty(self)
+
     def mistake(self, error: Exception) -> None:
         """Log what was wrong with us; whoever asked is told that something was."""
         self._desk.reactor.mistake("a request", error)

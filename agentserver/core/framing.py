@@ -20,6 +20,9 @@ import struct
 
 PREFACE = b"AGENTSERVER/1 FRAMES\n"
 KEEPER = b"AGENTSERVER/1 KEEPER\n"  # a new keeper, in place of one that died: the connection becomes its channel
+#: header of a frame that answers nothing yet: its reply comes later, maybe after those to later requests. Only a shell
+#: that said `pipelined` gets such frames.
+DEFERRED = b'{"deferred":true}'
 MAX_HEADER = 64 * 1024
 #: what a decoder yields in place of a message that was over the limit and was skipped
 TOO_LARGE = None

@@ -43,6 +43,9 @@ class Host(Protocol):
     def answer(self, tag: int, reply: bytes) -> None:
         """Send a reply."""
 
+    def later(self, tag: int) -> None:
+        """The reply to this request comes later, maybe after those to the next ones."""
+
     def handled(self, size: int) -> None:
         """One request, of so many bytes, is done."""
 
@@ -125,6 +128,7 @@ class Inbox:
             self.go_on()
         promise.then = made
         self._promised.add(promise)
+        self._host.later(tag)
 
     def clear(self) -> None:
         """Drop what waits and what is being looked up. A request that is at work is done to its end, unless it only

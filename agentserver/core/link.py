@@ -72,7 +72,10 @@ def socket_path(state_dir: str) -> str:
 
 def dial(path: str) -> socket.socket:
     """Return a blocking socket connected to `path`; raise `NotThere` or `LinkError`. Never waits."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as e:  # out of descriptors or memory, maybe for a moment
+        raise LinkError(f"no socket can be made to reach the server at {path} ({e.strerror}); try again") from None
     try:
         sock.setblocking(False)
         _connect(sock, path)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Type, TypeVar
 
 from ..errors import RequestError
-from ..wire import mapping, read, text, whole, wire
+from ..wire import boolean, mapping, read, text, whole, wire
 from . import process, tree
 from .framing import FramingError
 
@@ -59,6 +59,7 @@ class Hello:
     keeper_pid: int = wire(whole(), 0)  # 0: a program of somebody's own, which no keeper started
     endpoint: str = wire(text(4096), "")
     pub_endpoint: str = wire(text(4096), "")
+    pipelined: bool = wire(boolean, False)  # it has many requests under way, of many clients
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ..core.channel import Channel, Json, whole
 from ..core.lock import await_free, held, restore
 from ..core.privacy import open_descriptors, shield
 from ..errors import AgentServerError
+from .descriptors import raise_limit
 from .listening import hand_on, left_behind
 from .server import Front
 
@@ -74,6 +75,7 @@ def main(sock: socket.socket) -> int:
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(ignored, signal.SIG_IGN)
     shield()
+    raise_limit()
     sys.setswitchinterval(0.001)  # a request must not wait 5 ms for the monitor thread
     channel = Channel(sock)
     owner = Kept(channel)

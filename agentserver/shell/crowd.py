@@ -10,9 +10,9 @@ itself; where it is honest it subscribes to what it needs now, and reads what it
 """
 from __future__ import annotations
 
-import os
-import socket
 from typing import Dict, Tuple
+
+from .cutting import Cutter, number
 
 MOST_BYTES = 64 * 1024 * 1024
 NODE_BYTES = 48     # for each byte of a prefix that is new
@@ -24,19 +24,19 @@ MOST_UNHEARD = 20_000
 class Crowd:
     """See the module."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, cutter: Cutter) -> None:
+        self._most, self._cutter = most, cutter
         self._total = 0
         self._spent: Dict[int, Tuple[int, int]] = {}   # descriptor -> the socket's number, cost
 
     def spend(self, fd: int, cost: int) -> None:
         """A connection has cost something; beyond the bound the one that has cost most is cut off."""
-        number = _number(fd)
-        before, spent = self._spent.get(fd, (number, 0))
-        if before != number:       # the descriptor is another connection's now
+        now = number(fd)
+        before, spent = self._spent.get(fd, (now, 0))
+        if before != now:          # the descriptor is another connection's now
             self._total -= spent
             spent = 0
-        self._spent[fd] = (number, spent + cost)
+        self._spent[fd] = (now, spent + cost)
         self._total += cost
         if self._total > self._most:
             self._forget_closed()
@@ -49,22 +49,11 @@ class Crowd:
         self._spent.clear()
 
     def _forget_closed(self) -> None:
-        self._spent = {fd: (number, spent) for fd, (number, spent) in self._spent.items() if _number(fd) == number}
-        self._total = sum(spent for _number_, spent in self._spent.values())
+        self._spent = {fd: (socket, spent) for fd, (socket, spent) in self._spent.items() if number(fd) == socket}
+        self._total = sum(spent for _socket, spent in self._spent.values())
 
     def _cut_greediest(self) -> None:
         fd = max(self._spent, key=lambda fd: self._spent[fd][1])
-        self._total -= self._spent.pop(fd)[1]
-        try:
-            with socket.socket(fileno=os.dup(fd)) as sock:
-                sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has gone by itself
-
-
-def _number(fd: int) -> int:
-    """Return the number of the socket behind a descriptor, 0 if there is none."""
-    try:
-        return os.fstat(fd).st_ino
-    except OSError:
-        return 0
+        socket, spent = self._spent.pop(fd)
+        self._total -= spent
+        self._cutter.cut(fd, socket)

@@ -7,10 +7,11 @@ Unaware: of agents and of the core.
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import threading
 import time
-from typing import Any, List
+from typing import Any, Dict, List
 
 import zmq
 
@@ -21,12 +22,19 @@ from ..messages import REQUESTS
 from ..wire import MAX_WIRE, decode, encode
 
 QUEUED_EVENTS = 1000       # for a subscriber at its own end; beyond it messages are dropped, which followers notice
-_QUEUED_REPLIES = 100      # per peer; a REQ peer has one outstanding
+QUEUED_REPLIES = 32        # for a client, in libzmq; more are kept by us, where they are counted in bytes (owed.py)
+_QUEUED_REQUESTS = 16      # of a client, in libzmq; more wait with it
+_QUEUED = 100              # at a client's end, each way
 _SUBSCRIPTION_BYTES = 1024  # at most; who sends a longer one is cut off by libzmq
 _LONGEST_SECS = 3600.0     # for a connection; no kernel tries as long
 _UNREAD_MS = 60_000        # a subscriber of any kind that takes nothing for so long is let go of
 _HANDSHAKE_MS = 5_000      # a peer that has not finished its handshake after so long is cut off by libzmq
 _ZAP_DOMAIN = b"agentserver"
+_READ_BYTES = 64 * 1024    # of a message that is refused here
+_BEGIN_BYTES = 512
+_PAIR = rb'\s*"(type|request_id)"\s*:\s*"([A-Za-z0-9_.:-]{1,128})"\s*'
+_BEGIN = re.compile(rb"\s*\{" + _PAIR + b"," + _PAIR + b"[,}]")
+Json = Dict[str, Any]
 
 
 # ---------------------------------------------------------------- sockets
@@ -50,9 +58,13 @@ def _listening_socket(context: zmq.Context[Any], kind: int, queued: int, largest
     return sock
 
 
-def rep_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
-    """Return the server's request socket; libzmq cuts off a peer that sends more than `MAX_WIRE`."""
-    return _listening_socket(context, zmq.REP, _QUEUED_REPLIES, MAX_WIRE)
+def router_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
+    """Return the server's request socket; libzmq cuts off a peer that sends a frame of more than `MAX_WIRE`. It tells
+    of a reply that cannot be sent."""
+    sock = _listening_socket(context, zmq.ROUTER, QUEUED_REPLIES, MAX_WIRE)
+    sock.setsockopt(zmq.RCVHWM, _QUEUED_REQUESTS)
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return sock
 
 
 def xpub_socket(context: zmq.Context[Any], queued: int) -> zmq.Socket[Any]:
@@ -69,7 +81,7 @@ def xpub_socket(context: zmq.Context[Any], queued: int) -> zmq.Socket[Any]:
 
 def req_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     """Return a client's request socket, in which a late reply cannot be taken for the next one."""
-    sock = _socket(context, zmq.REQ, _QUEUED_REPLIES, MAX_WIRE)
+    sock = _socket(context, zmq.REQ, _QUEUED, MAX_WIRE)
     sock.setsockopt(zmq.REQ_RELAXED, 1)
     sock.setsockopt(zmq.REQ_CORRELATE, 1)
     return sock
@@ -77,7 +89,7 @@ def req_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
 
 def dealer_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     """Return the request socket of a client that asks for several things at once."""
-    return _socket(context, zmq.DEALER, _QUEUED_REPLIES, MAX_WIRE)
+    return _socket(context, zmq.DEALER, _QUEUED, MAX_WIRE)
 
 
 def sub_socket(context: zmq.Context[Any], queued: int = QUEUED_EVENTS) -> zmq.Socket[Any]:
@@ -186,15 +198,24 @@ def reach(sock: zmq.Socket[Any], endpoint: str) -> None:
 
 # ---------------------------------------------------------------- replies
 
-def failed_reply(raw: bytes, code: str, sentence: str) -> bytes:
-    """Return the refusal of a message that did not reach the core, of the message's own type where it has one."""
+def failed_reply(raw: bytes, code: str, sentence: str, **more: Any) -> bytes:
+    """Return the refusal of a message that did not reach the core, of the message's own type where it has one. A large
+    message is not read for that: it would take longer than to do what it asks for."""
     kind, request_id = "error_response", None
     try:
-        message = decode(raw)
+        message = decode(raw) if len(raw) <= _READ_BYTES else _begin_of(raw)
         given = message.get("request_id")
         request_id = given if isinstance(given, str) and 1 <= len(given) <= 128 else None
         asked = REQUESTS.get(message.get("type"))  # type: ignore[arg-type]
         kind = asked.reply if asked else kind
     except (AgentServerError, TypeError):  # TypeError: a type that is a list cannot be looked up
         pass
-    return encode({"type": kind, "request_id": request_id, "success": False, "error": sentence, "error_code": code})
+    return encode({"type": kind, "request_id": request_id, "success": False, "error": sentence, "error_code": code,
+                   **more})
+
+
+def _begin_of(raw: bytes) -> Json:
+    """Return `type` and `request_id` if the message begins with them, in either order, as our clients' do."""
+    found = _BEGIN.match(raw[:_BEGIN_BYTES])
+    pairs = found.groups() if found else ()
+    return {name.decode(): value.decode() for name, value in zip(pairs[::2], pairs[1::2])}

@@ -1,7 +1,7 @@
 """The monitor thread: what the core tells of its agents, published.
 
 Owns:    the XPUB socket and a connection of its own to the core.
-Runs in: a thread of its own, beside the REP loop.
+Runs in: a thread of its own, beside the request loop.
 Unaware: of what an event means; topics are prefixes of bytes. It decides nothing and stores nothing.
 
 Only what somebody subscribed to is asked of the core, so that nobody listening costs nothing. A
@@ -21,9 +21,12 @@ import zmq
 from ..core.framelink import FrameStream
 from ..errors import LinkError, StartError
 from ..wire import encode, new_id
+from .connections import INFINITE, Connections
 from .crowd import JOIN_BYTES, MOST_BYTES, MOST_UNHEARD, NODE_BYTES, Crowd
+from .cutting import Cutter
 from .endpoints import connection_of, xpub_socket
 from .listening import Bound, bind
+from .zap import Zap
 
 MAX_TOPIC = 64             # bytes; no topic of ours is longer
 MOST_TOPICS = 10_000       # beyond it the core is asked for everything, and libzmq does the choosing
@@ -76,9 +79,9 @@ class Topics:
 class Monitor:
     """Publish until `stop`."""
 
-    def __init__(self, context: zmq.Context[Any], core: str, pub_endpoint: str, hwm: int,
+    def __init__(self, context: zmq.Context[Any], zap: Zap, cutter: Cutter, core: str, pub_endpoint: str, hwm: int,
                  patience_secs: float = 0.0, left: Optional[Bound] = None) -> None:
-        self._context, self._hwm = context, hwm
+        self._context, self._zap, self._cutter, self._hwm = context, zap, cutter, hwm
         self._core = core
         self._pub_endpoint = pub_endpoint
         self._patience_secs, self._left = patience_secs, left
@@ -109,6 +112,8 @@ class Monitor:
 
     def _main(self, hello: Dict[str, Any]) -> None:
         xpub = xpub_socket(self._context, self._hwm)
+        connections = Connections(self._context, xpub, self._cutter)
+        self._zap.watch(connections)
         try:
             try:
                 self._bound = bind(xpub, self._pub_endpoint, self._patience_secs, self._left)
@@ -117,22 +122,25 @@ class Monitor:
                 return
             finally:
                 self._opened.set()
-            _Publisher(xpub, FrameStream(self._core, {
+            _Publisher(xpub, connections, self._cutter, FrameStream(self._core, {
                 **hello, "role": "monitor", "pub_endpoint": self._bound.endpoint,
             }), self._wake.fileno()).run()
         finally:
+            self._zap.unwatch(connections)
+            connections.close()
             xpub.close()
 
 
 class _Publisher:
     """The loop of the monitor thread."""
 
-    def __init__(self, xpub: zmq.Socket[Any], stream: FrameStream, wake_fd: int) -> None:
-        self._xpub = xpub
+    def __init__(self, xpub: zmq.Socket[Any], connections: Connections, cutter: Cutter, stream: FrameStream,
+                 wake_fd: int) -> None:
+        self._xpub, self._connections = xpub, connections
         self._xpub_fd = int(xpub.getsockopt(zmq.FD))
         self._stream = stream
         self._wake_fd = wake_fd
-        self._topics, self._memory, self._talk = Topics(), Crowd(MOST_BYTES), Crowd(MOST_UNHEARD)
+        self._topics, self._memory, self._talk = Topics(), Crowd(MOST_BYTES, cutter), Crowd(MOST_UNHEARD, cutter)
         self._tag = 0              # of the latest subscription
         self._unconfirmed = 0.0    # since when it waits for its reply; 0: it does not
         self._lost_at = time.monotonic()
@@ -148,12 +156,23 @@ class _Publisher:
                     return
                 if self._stream.fd in ready:
                     self._forward()
+                if self._connections.traffic_fd in ready:
+                    self._connections.arrived()
+                if self._connections.look_at <= time.monotonic():
+                    self._look()
         finally:
             self._stream.close()
+
+    def _look(self) -> None:
+        """Judge what arrives and is not whole: right after all that is whole was heard, or what one turn hears."""
+        taken = self._connections.measure()
+        self._hear_subscribers()
+        self._connections.judge(taken)
 
     def _hear_subscribers(self) -> bool:
         """Read what has come, up to a bound; return whether more is left. Only when nothing is does the socket's
         descriptor tell of the next message. Each frame stands for itself, as it does for libzmq."""
+        now = time.monotonic()
         for _ in range(HEARD_AT_ONCE):
             try:
                 frame: zmq.Frame = self._xpub.recv(zmq.NOBLOCK, copy=False)
@@ -163,6 +182,8 @@ class _Publisher:
             fd, new_bytes = connection_of(frame), self._topics.hear(frame.bytes)
             self._memory.spend(fd, JOIN_BYTES + NODE_BYTES * new_bytes)
             self._talk.spend(fd, 1)
+            if fd >= 0:  # libzmq itself unsubscribes for one that has gone
+                self._connections.sent(fd, b"", len(frame) + 2, now)
         return True
 
     def _keep_connected(self) -> None:
@@ -189,6 +210,8 @@ class _Publisher:
         waiter = select.poll()
         waiter.register(self._wake_fd, select.POLLIN)
         waiter.register(self._xpub_fd, select.POLLIN)
+        if self._connections.traffic_fd >= 0:
+            waiter.register(self._connections.traffic_fd, select.POLLIN)
         if self._stream.fd >= 0:
             self._lost_at = 0.0
             waiter.register(self._stream.fd, select.POLLIN if self._stream.idle else select.POLLIN | select.POLLOUT)
@@ -196,6 +219,9 @@ class _Publisher:
         else:
             self._lost_at = self._lost_at or time.monotonic()
             patience = _AGAIN_MS if time.monotonic() - self._lost_at < _EAGER_SECS else 10 * _AGAIN_MS
+        if self._connections.look_at < INFINITE:
+            until_look = max(int((self._connections.look_at - time.monotonic()) * 1000) + 1, 0)
+            patience = until_look if patience is None else min(patience, until_look)
         return dict(waiter.poll(0 if more else patience))
 
     def _forward(self) -> None:

@@ -22,9 +22,11 @@ from ..core.state_dir import prepare
 from ..errors import LinkError, RequestError, StartError
 from ..results import Health, ServerStats
 from ..wire import encode, new_id
-from .endpoints import rep_socket
+from .connections import Connections
+from .cutting import Cutter
+from .endpoints import router_socket
 from .listening import Bound, bind
-from .loop import Owner, RepLoop
+from .loop import Owner, RequestLoop
 from .monitor import Monitor
 from .zap import Zap
 
@@ -190,7 +192,7 @@ class Stopper:
 
 
 class Front:
-    """The sockets of one serving shell: REP, XPUB with its monitor thread, who is asked about peers, the link to the
+    """The sockets of one serving shell: ROUTER, XPUB with its monitor thread, who is asked about peers, the link to the
     core."""
 
     def __init__(self, config: ServerConfig, state_dir: str, keeper_pid: int = 0) -> None:
@@ -199,8 +201,10 @@ class Front:
         self._hello: Json = {"pid": os.getpid(), "keeper_pid": keeper_pid}
         self._core = socket_path(state_dir)
         self._context: zmq.Context[Any] = zmq.Context()
-        self._zap = Zap(self._context)
-        self._rep = rep_socket(self._context)
+        self._zap, self._cutter = Zap(self._context), Cutter()
+        self._router = router_socket(self._context)
+        self._connections = Connections(self._context, self._router, self._cutter)
+        self._zap.watch(self._connections)
         self.bound: List[Bound] = []   # for requests and, if there is publishing, for that
         self._monitor: Optional[Monitor] = None
         self._link: Optional[FrameLink] = None
@@ -208,34 +212,38 @@ class Front:
     def open(self, endpoint: str, pub_endpoint: str, patience_secs: float = 0.0,
              left: Sequence[Optional[Bound]] = (None, None)) -> None:
         """Bind both sockets, or go on with what a shell before us has `left`; raise `StartError`."""
-        self.bound = [bind(self._rep, endpoint, patience_secs, left[0])]
+        self.bound = [bind(self._router, endpoint, patience_secs, left[0])]
         if pub_endpoint and pub_endpoint != NO_PUBLISHING:
-            self._monitor = Monitor(self._context, self._core, pub_endpoint, self._config.pub_hwm, patience_secs,
-                                    left[1])
+            self._monitor = Monitor(self._context, self._zap, self._cutter, self._core, pub_endpoint,
+                                    self._config.pub_hwm, patience_secs, left[1])
             self.bound.append(self._monitor.start({**self._hello, "endpoint": self.bound[0].endpoint}))
+        self._zap.bound_connections()
 
     @property
     def endpoints(self) -> tuple[str, str]:
         """The real addresses, for requests and for publishing; the latter is `""` without."""
         return self.bound[0].endpoint, self.bound[1].endpoint if self._monitor is not None else ""
 
-    def loop(self, owner: Owner) -> RepLoop:
+    def loop(self, owner: Owner) -> RequestLoop:
         """Return the loop that serves requests for this owner."""
         endpoint, pub_endpoint = self.endpoints
         self._link = FrameLink(self._core, {**self._hello, "role": "requests", "endpoint": endpoint,
-                                            "pub_endpoint": pub_endpoint})
-        return RepLoop(self._rep, self._link, owner, self._config.request_timeout_secs)
+                                            "pub_endpoint": pub_endpoint, "pipelined": True})
+        return RequestLoop(self._router, self._connections, endpoint, self._link, owner,
+                           self._config.request_timeout_secs)
 
     def close(self, followed: bool = False) -> None:
-        """Stop the monitor, let the last replies out, close everything; safe to call half-way. A shell that follows
-        this one finds the files of `ipc://` sockets in their place: to whoever comes meanwhile, the server is not
-        gone."""
+        """Let the last replies out and close everything; safe to call half-way. A shell that follows this one finds the
+        files of `ipc://` sockets in their place: to whoever comes meanwhile, the server is not gone."""
+        self._zap.unwatch(self._connections)
+        self._connections.close()
+        self._router.close(linger=_LAST_REPLY_MS)  # first: who has its last reply asks the next shell
         if self._monitor is not None:
             self._monitor.stop(followed)
-        self._rep.close(linger=_LAST_REPLY_MS)
         if self._link is not None:
             self._link.close()
         self._zap.close()
         self._context.term()
+        self._cutter.close()
         if self.bound and not followed:
             self.bound[0].release()

@@ -1,6 +1,7 @@
 """Who may come in: libzmq asks before each handshake, and this answers (ZAP, rfc.zeromq.org/spec/27).
 
-Owns:    the socket that libzmq asks, one for each context, and the answer. Everybody is accepted for now.
+Owns:    the socket that libzmq asks, one for each context, and the answer. Everybody is accepted for now. It also hears
+         which connections came and went, on the sockets that it is given to watch.
 Runs in: a thread of its own: handshakes go on while the other threads are busy. It never waits for them.
 Unaware: of requests, agents and the core.
 
@@ -15,9 +16,12 @@ import select
 import socket
 import sys
 import threading
-from typing import Any, List
+from typing import Any, List, Optional
 
 import zmq
+
+from .connections import Connections
+from .descriptors import Descriptors
 
 _ADDRESS = "inproc://zeromq.zap.01"
 _VERSION = b"1.0"
@@ -32,35 +36,72 @@ class Zap:
         self._asked: zmq.Socket[Any] = context.socket(zmq.ROUTER)
         self._asked.setsockopt(zmq.LINGER, 0)
         self._asked.bind(_ADDRESS)
+        self._asked_fd = int(self._asked.getsockopt(zmq.FD))
+        self._watched: List[Connections] = []
+        self._descriptors: Optional[Descriptors] = None
         self._wake, self._waker = socket.socketpair()
+        self._closing = False
         self._thread = threading.Thread(target=self._main, name="zap", daemon=True)
         self._thread.start()
 
+    def watch(self, connections: Connections) -> None:
+        """Hear of these connections, too. From any thread, as everything here."""
+        self._watched = [*self._watched, connections]
+        self._waker.send(b"x")
+
+    def unwatch(self, connections: Connections) -> None:
+        """Do not any more; call before they are closed."""
+        self._watched = [watched for watched in self._watched if watched is not connections]
+        self._waker.send(b"x")
+
+    def bound_connections(self) -> None:
+        """From now on there may be as many as there are descriptors. Call when all that we need ourselves is open."""
+        self._descriptors = Descriptors(self._watched)
+
     def close(self) -> None:
         """End the thread; returns when its socket is closed. Call after all that listen were closed."""
+        self._closing = True
         self._waker.close()
         self._thread.join()
         self._wake.close()
 
     def _main(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._asked, zmq.POLLIN)
-        poller.register(self._wake.fileno(), zmq.POLLIN)
-        while True:
+        while not self._closing:
             try:
-                if any(ready == self._wake.fileno() for ready, _events in poller.poll()):
-                    break
-                self._answer()
+                self._serve()
             except Exception as e:  # what one peer brought about must not keep the others out
                 sys.stderr.write(f"a handshake could not be answered: {type(e).__name__}: {e}\n")
                 self._pause()
         self._asked.close()
 
-    def _answer(self) -> None:
-        frames: List[bytes] = self._asked.recv_multipart(zmq.NOBLOCK)
-        reply = answer(frames)
-        if reply is not None:
-            self._asked.send_multipart(reply, zmq.NOBLOCK)
+    def _serve(self) -> None:
+        """Work until there is something else to watch. libzmq's descriptors tell only of what comes after nothing was
+        left, so all is taken each time."""
+        watched = self._watched
+        poll = select.poll()
+        for fd in [self._wake.fileno(), self._asked_fd, *(connections.monitor_fd for connections in watched)]:
+            poll.register(fd, select.POLLIN)
+        while True:
+            while self._answer():
+                pass
+            for connections in watched:
+                connections.hear()
+            if self._descriptors is not None:
+                self._descriptors.make_room()
+            if any(fd == self._wake.fileno() for fd, _events in poll.poll()):
+                self._wake.recv(4096)
+                return
+
+    def _answer(self) -> bool:
+        """Answer one question; return whether there was one."""
+        try:
+            frames: List[bytes] = self._asked.recv_multipart(zmq.NOBLOCK)
+            reply = answer(frames)
+            if reply is not None:
+                self._asked.send_multipart(reply, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def _pause(self) -> None:
         waiter = select.poll()
