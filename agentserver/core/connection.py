@@ -200,6 +200,7 @@ class Connection:
 
     @topics.setter
     def topics(self, topics: tuple[str, ...]) -> None:
+        topics = topics if self._watch.active else ()  # one that is closed listens to nothing
         self._topics, self._topics_kept = topics, sum(map(len, topics)) + TOPIC_BYTES * len(topics)
 
     def _become_channel(self) -> None:

@@ -388,11 +388,12 @@ class Control:
         if peer.subscriber is None:
             raise RequestError("subscribe_request is for the Unix socket; over ZeroMQ subscribe to the topic on the "
                                "publishing endpoint that health_check_request tells")
-        before = frozenset(peer.subscriber.topics)
+        before, pace = frozenset(peer.subscriber.topics), Pace(self._clock)
+        if request.since is None:
+            self._feed.subscribe(peer.subscriber, request.topics)
+        elif (yield from self._feed.replay(peer.subscriber, request.topics, request.since, pace)):
+            before = frozenset()  # it may have missed something of them, too
         new = [topic for topic in request.topics if topic not in before]
-        self._feed.subscribe(peer.subscriber, request.topics)
-        if request.since is not None:
-            self._feed.replay(peer.subscriber, request.since)
         yield from self.announce(list(dict.fromkeys([*new, *request.announce])), peer.subscriber)
         return {"topics": list(peer.subscriber.topics), "sequence": self._registry.sequence}
 

@@ -11,13 +11,17 @@ the sequence, and reads the truth. What nobody subscribed to is not produced.
 from __future__ import annotations
 
 import time
-from typing import Callable, Iterable, NamedTuple, Protocol
+from typing import Callable, Generator, Iterable, NamedTuple, Protocol, Sequence
 
-from ..wire import Json, encode, encode_text, json_data, rfc3339
+from ..wire import Json, decode, encode, encode_text, json_data, rfc3339
 from .counters import Counters
 from .registry import Registry
+from .scheduler import Pace
 
 REPLAY_MOST = 10_000  # events; who needs more pages through events_request
+REPLAY_AT_ONCE = 200  # read from the registry in one step
+
+Replaying = Generator[bool, None, bool]
 
 
 class Subscriber(Protocol):
@@ -98,12 +102,29 @@ class Feed:
         if text and self.wanted(message["topic"]):
             self._waiting.append(_Waiting(message["topic"], text.encode("ascii"), hint=False))
 
-    def replay(self, subscriber: Subscriber, since: int) -> None:
-        """Send a subscriber the stored events of its topics after `since`, up to `REPLAY_MOST` of them."""
-        for text in self._registry.events(since, REPLAY_MOST):
-            topic = text.partition('"topic":"')[2].partition('"')[0]
-            if topic.startswith(subscriber.topics):
-                subscriber.push(topic, text.encode("ascii"), hint=False)
+    def replay(self, subscriber: Subscriber, topics: Sequence[str], since: int, pace: Pace) -> Replaying:
+        """Send a subscriber the stored events of these topics after `since`, up to `REPLAY_MOST` of them, in steps, and
+        then give it these topics. Return whether it had none meanwhile: events come in their order, so what happens
+        between two steps is a part of this."""
+        left, prefixes, alone = REPLAY_MOST, tuple(topics), False
+        while left:
+            page = self._registry.events(since, min(left, REPLAY_AT_ONCE))
+            waited = False
+            for text in page:
+                if pace.over():
+                    self.subscribe(subscriber, ())
+                    yield True
+                    pace.begin()
+                    waited = alone = True
+                topic = text.partition('"topic":"')[2].partition('"')[0]
+                if topic.startswith(prefixes):
+                    subscriber.push(topic, text.encode("ascii"), hint=False)
+            left -= len(page)
+            if len(page) < REPLAY_AT_ONCE and not waited:
+                break
+            since = int(decode(page[-1].encode())["sequence"]) if page else since
+        self.subscribe(subscriber, topics)
+        return alone
 
     # ------------------------------------------------------------ hints
 
