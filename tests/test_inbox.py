@@ -27,6 +27,7 @@ class Host:
         self.did: List[str] = []
         self.answers: List[bytes] = []
         self.promises: List[Pending] = []
+        self.deferred: List[int] = []
         self.mistakes: List[Exception] = []
         self.held = 0
         self.inboxes: Dict[str, Inbox] = {}
@@ -45,6 +46,9 @@ class Host:
 
     def answer(self, tag: int, reply: bytes) -> None:
         self.answers.append(b"%d " % tag + reply)
+
+    def later(self, tag: int) -> None:
+        self.deferred.append(tag)
 
     def handled(self, size: int) -> None:
         self.held -= size
@@ -85,6 +89,7 @@ def test_a_promise_holds_neither_the_next_request_nor_another_peer(host: Host) -
     host.put("one", 100, b"last")
     host.put("two", 200, b"other")
     host.turns()
+    assert host.deferred == list(range(PROMISED_MOST))
     assert host.answers == [b"200 other"], "so many are promised that the next one of the same peer waits"
     host.promises[3].complete(b"made")
     host.turns()
