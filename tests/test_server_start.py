@@ -224,6 +224,8 @@ def test_a_registry_of_a_newer_version_is_refused_and_left_alone(start_server: C
         with contextlib.closing(sqlite3.connect(registry)) as db:
             before = db.execute("PRAGMA user_version").fetchone()[0]
             db.execute(f"PRAGMA user_version = {number}")
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (str(number),))  # both tell the version
+            db.commit()
         return int(before)
     ours = version(1000)
     error = refused(server.state_dir, *PORTS)
