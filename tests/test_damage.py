@@ -363,6 +363,18 @@ def test_any_cell_can_be_damaged(start_server: Callable[..., Server]) -> None:
         watched.check(f"{table}.{column} = {value!r:.40}")
 
 
+def test_text_that_is_none_costs_its_rows(start_server: Callable[..., Server]) -> None:
+    """Bytes that are no UTF-8, in every column of all rows: a query that reads them as text is carried out."""
+    watched = Watched(start_server())
+    with database(watched.server) as db:
+        for column in ("events.agent_id", "events.message", "attempts.attempt", "progress.position", "meta.value"):
+            table, name = column.split(".")
+            with contextlib.suppress(sqlite3.IntegrityError):
+                db.execute(f"UPDATE {table} SET {name} = x'ff00'")
+    watched.check("bytes that are no text")
+    assert not list(watched.server.state_dir.glob("registry.db.unreadable-*"))
+
+
 def test_any_page_can_be_damaged(start_server: Callable[..., Server]) -> None:
     watched = Watched(start_server())
     path, page = watched.server.state_dir / "registry.db", 0

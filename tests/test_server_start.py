@@ -211,6 +211,19 @@ def test_the_second_start_finds_what_a_crash_left(start_server: Callable[..., Se
     assert again.ask({"type": "health_check_request"})["healthy"]
 
 
+def test_a_start_right_after_the_death_of_keeper_and_core(start_server: Callable[..., Server]) -> None:
+    """Their shell is still there for some seconds, and holds its lock: the next one waits for it."""
+    server = start_server()
+    pids = server.pids()
+    os.kill(pids["keeper"], signal.SIGKILL)
+    server.process.wait()
+    os.kill(pids["core"], signal.SIGKILL)
+    again = start_server(state_dir=server.state_dir)
+    assert again.pids()["shell"] != pids["shell"]
+    assert again.ask({"type": "health_check_request"})["healthy"]
+    server.process.stdout.close()  # type: ignore[union-attr]
+
+
 def test_a_registry_of_a_newer_version_is_refused_and_left_alone(start_server: Callable[..., Server]) -> None:
     """Who goes back to an older version by mistake loses nothing: the newer one finds its agents again."""
     server = start_server()

@@ -91,6 +91,7 @@ class Database:
     def _connect(self, path: str) -> sqlite3.Connection:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(path, isolation_level=None, cached_statements=64)
+        db.text_factory = _lenient
         try:
             db.execute(f"PRAGMA busy_timeout = {START_LOCK_MS}")
             db.execute("PRAGMA journal_mode = WAL")
@@ -326,6 +327,11 @@ def check(path: str, version: int) -> None:
         db.close()
     if found > version:
         raise StartError(_newer(os.path.abspath(path), found, version))
+
+
+def _lenient(text: bytes) -> str:
+    """Return damaged text as text: sqlite3 would refuse the whole query for one row, as if the file were damaged."""
+    return text.decode("utf-8", "replace")
 
 
 def _version(db: sqlite3.Connection, ours: int) -> int:

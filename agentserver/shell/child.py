@@ -22,6 +22,7 @@ from .server import Front
 
 _ORPHAN_SECS = 5.0     # without a keeper and without a core for so long, there is nothing left to serve
 _REBIND_SECS = 3.0     # for the address of a shell that has just died
+_LEAVES_SECS = _ORPHAN_SECS + 2.0  # for a shell whose keeper and core have just died
 
 
 class Kept:
@@ -106,8 +107,7 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
     config = ServerConfig.from_json(hello["config"])
     again = "endpoint" in hello
     lock = os.path.join(config.state_dir, "shell.lock")
-    if again:
-        await_free(lock, _REBIND_SECS)
+    await_free(lock, _REBIND_SECS if again else _LEAVES_SECS)
     with held(lock) as fd:
         owner.tidy = lambda: _keep(fd, lock)
         front = Front(config, config.state_dir, hello.get("keeper_pid", 0))
