@@ -212,6 +212,25 @@ def test_what_fails_inside_for_one_agent_costs_that_one(error: Exception, code: 
     assert logged == ([error] if code == "internal" else [])
 
 
+def test_a_damaged_part_of_what_a_batch_had_done_puts_nothing_in_the_place_of_another() -> None:
+    """What came after it is done again, by who knows what was begun."""
+    done: list[str] = []
+
+    def do(agent: Any, command: str, payload: Any, ask: Any) -> Json:
+        done.append(agent.id)
+        return {}
+
+    texts = {ref: json.dumps({"agent_id": ref, "error_code": None}) for ref in "abcd"}
+    commands: Any = SimpleNamespace(do=do, now=lambda: 0.0, recent=lambda since: None)
+    standstill: Any = SimpleNamespace(take=set, give_back=lambda begun: None)
+    registry: Any = SimpleNamespace(progress=lambda request_id: {0: [texts["a"]], 2: [texts["c"]]})  # that of b is lost
+    batch = Batch(Work("stop", None, Ask("me", "r"), False, 100_000),
+                  lambda ref: SimpleNamespace(id=ref, status="running", cursors={}),  # type: ignore[arg-type,return-value]
+                  commands, registry, standstill, lambda what, mistake: None)
+    list(batch.steps(list(texts), lambda: iter(()), Pace(lambda: 0.0)))  # type: ignore[arg-type,return-value]
+    assert done == ["b", "c", "d"] and [json.loads(text)["agent_id"] for text in batch.results] == list(texts)
+
+
 # ---------------------------------------------------------------- names
 
 def test_many_names_cost_no_more_than_many_ids(unix: LineWire) -> None:

@@ -66,6 +66,25 @@ def forget(server: Server) -> None:
 
 # ---------------------------------------------------------------- what runs is listed
 
+def test_a_core_that_died_in_a_repair_has_lost_nothing(start_server: Callable[..., Server]) -> None:
+    """The damaged file is aside already, and the new one does not have its name yet."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        ended = wire.spawn("exit_with", 3, ready=False)
+        wire.ended(ended)
+    core = server.pids()["core"]
+    with database(server) as db:
+        db.execute("VACUUM INTO ?", (str(server.state_dir / "registry.db.new"),))
+    os.kill(core, signal.SIGSTOP)
+    for name in FILES[:1]:
+        (server.state_dir / name).rename(server.state_dir / f"{name}.unreadable-1")
+    os.kill(core, signal.SIGKILL)
+    back(server, "core", core)
+    with LineWire(server.socket_path) as wire:
+        assert wire.exit(ended)["code"] == 3
+    assert not list(server.state_dir.glob("registry.db.new*"))
+
+
 @pytest.mark.parametrize("damage", [overwrite, delete, garble_records, forget], ids=lambda damage: damage.__name__)
 def test_an_agent_whose_record_is_lost_goes_on(start_server: Callable[..., Server], damage: Callable[[Server], None],
                                                tmp_path: Path) -> None:

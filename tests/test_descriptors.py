@@ -18,7 +18,7 @@ from test_survival import kill_core
 from wire import LineWire
 
 from agentserver.core.channel import Channel
-from agentserver.core.held import Held
+from agentserver.core.held import KEPT_FREE, Held
 from agentserver.core.notify import Notify
 from agentserver.core.takeover import inherit
 from agentserver.errors import StartError
@@ -57,6 +57,18 @@ def test_a_keeper_without_room(server: Server) -> None:
     with LineWire(server.socket_path) as wire:
         for number, each in enumerate((first, *crowd)):
             speaks(wire, each, str(number))
+
+
+def test_a_keeper_that_is_full_starts_a_core_again(server: Server) -> None:
+    """Copies of agents' descriptors never take the last ones."""
+    keeper = server.process.pid
+    with LineWire(server.socket_path) as wire:
+        limit(keeper, open_in(keeper) + KEPT_FREE + 4)
+        crowd = [wire.spawn("echo") for _ in range(KEPT_FREE)]
+        wait_until(lambda: "no room for descriptors" in server.logs(), what="the keeper to say so")
+    kill_core(server)
+    with LineWire(server.socket_path) as wire:
+        speaks(wire, crowd[0], "again")
 
 
 def test_a_core_without_room() -> None:

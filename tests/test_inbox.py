@@ -130,6 +130,15 @@ def test_a_closed_connection_drops_what_waits_and_finishes_what_is_at_work(host:
     assert stopped == ["stopped"] and "a19999" in host.did and host.answers == [b"2 deed 20000 a"]
 
 
+def test_what_is_dropped_before_it_was_begun_is_no_mistake(host: Host) -> None:
+    said: List[str] = []
+    host.reactor.say = said.append
+    host.put("one", 1, b"never")
+    host.inboxes["one"].clear()
+    host.turns()
+    assert not (said or host.answers) and host.inboxes["one"].idle
+
+
 def test_a_mistake_costs_one_request(host: Host) -> None:
     host.put("one", 1, b"wrong")
     host.put("one", 2, b"right")

@@ -94,6 +94,18 @@ def test_replies_that_are_never_read(small: Server) -> None:
         assert len(honest.control(started, "read_stdout", offset=0)["data"]) > 0
 
 
+def test_who_has_read_everything_keeps_nothing(small: Server) -> None:
+    """However large the replies were that many clients have read, and that went out piece by piece."""
+    with LineWire(small.socket_path) as honest, contextlib.ExitStack() as readers:
+        started = honest.spawn("zeros", 4 * MIB, ready=False)
+        honest.ended(started)
+        links = [readers.enter_context(LineWire(small.socket_path)) for _ in range(2 * SMALL // (4 * MIB))]
+        for link in links:
+            assert link.control(started, "read_stdout", offset=0, max_bytes=4 * MIB)["next_offset"] > 0
+        for link in links:
+            assert link.ok("health_check_request")["healthy"]
+
+
 def test_topics_count_as_well(small: Server) -> None:
     topics = ["x" * 500 + f"{number:010}" for number in range(10_000)]
     with LineWire(small.socket_path) as honest, contextlib.ExitStack() as listeners:

@@ -83,6 +83,8 @@ class Batch:
             raise RequestError(f"a reply for {len(self._refs)} agents would have more than {self._work.room} bytes; "
                                "name fewer at once", "message_too_large")
         for position in sorted(progress):
+            if position != len(self.results):  # a part before it is damaged; `begun` keeps others from being done twice
+                break
             for text in progress[position]:
                 self._room -= len(text) - _skipped(self._refs[len(self.results)])
                 self._add(text, json.loads(text)["error_code"])

@@ -102,8 +102,8 @@ class Connection:
             self.close()
 
     def _ready(self, mask: int) -> None:
-        if mask & WRITE:
-            self.send_now()
+        if mask & WRITE:  # at the end of the turn, like all that is sent, and what is kept for it is counted anew
+            self._desk.dirty(self)
         if mask & READ:
             try:
                 data = self._sock.recv(PIECE)

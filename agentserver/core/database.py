@@ -25,6 +25,7 @@ LOOK_SECS = 0.05    # between two looks, at writes, whether the file is still th
 REPAIR_SECS = 5.0   # between two tries to begin a new file
 ASIDE_MOST = 5      # damaged files that are kept
 _SUFFIXES = ("", "-wal", "-shm")
+_NEW = ".new"       # of a file that is to take the place of a damaged one
 #: what an operating system refuses for a while; anything else is damage
 _REFUSALS = ("locked", "disk I/O error", "disk is full", "readonly", "unable to open", "out of memory", "interrupted",
              "locking protocol", "too big")
@@ -71,6 +72,7 @@ class Database:
     # ------------------------------------------------------------ opening
 
     def _open(self) -> sqlite3.Connection:
+        self._end_repair()
         if os.path.exists(self._path) and not os.path.isfile(self._path):  # opening a named pipe would wait for ever
             return self._begin_anew(None, "is not a file")
         try:
@@ -87,6 +89,14 @@ class Database:
         except (sqlite3.Error, OSError) as e:
             raise StartError(f"the registry {self._shown} could not be read ({why}), and a new one cannot be begun: "
                              f"{e}") from None
+
+    def _end_repair(self) -> None:
+        """A core before us may have died after it had put the old file aside, and before the new one had its name.
+        That one is complete: closed as it was, it has no log."""
+        fresh = self._path + _NEW
+        if not os.path.lexists(self._path) and os.path.isfile(fresh) and not os.path.lexists(fresh + "-wal"):
+            self._put_aside()
+            os.replace(fresh, self._path)
 
     def _connect(self, path: str) -> sqlite3.Connection:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -239,10 +249,8 @@ class Database:
         return True
 
     def _begin_anew(self, damaged: sqlite3.Connection | None, why: str) -> sqlite3.Connection:
-        fresh = self._path + ".new"
-        for suffix in _SUFFIXES:
-            if os.path.lexists(fresh + suffix):
-                os.unlink(fresh + suffix)
+        fresh = self._path + _NEW
+        _remove(fresh)
         db = self._connect(fresh)
         try:
             db.execute("BEGIN")
@@ -253,7 +261,11 @@ class Database:
             db.execute("COMMIT")
         finally:
             db.close()
-        aside = self._put_aside()
+        try:
+            aside = self._put_aside()
+        except OSError:
+            _remove(fresh)  # it would be taken for the end of a repair, some day
+            raise
         if damaged is not None:
             _close(damaged)  # before the new one is opened: sqlite deletes a log by its name
         try:
@@ -348,6 +360,12 @@ def _version(db: sqlite3.Connection, ours: int) -> int:
 def _newer(path: str, found: int, ours: int) -> str:
     return (f"the registry {path} was written by a newer version (schema {found}, ours {ours}); use that one, or "
             "another state directory")
+
+
+def _remove(path: str) -> None:
+    for suffix in _SUFFIXES:
+        if os.path.lexists(path + suffix):
+            os.unlink(path + suffix)
 
 
 def _is_damage(e: sqlite3.Error) -> bool:

@@ -16,12 +16,13 @@ from typing import Iterator, Mapping, Sequence
 
 from .channel import LOST, Channel, Json
 from .notify import Notify
-from .process import Ended
+from .process import Ended, descriptor_limit
 from .tree import Proc
 
 ENDS_MOST = 10_000
 WITH_CORE_SECS = 1.0  # after the end of a core, in which an end is put down to it
 AGAIN_SECS = 2.0  # between two tries to have descriptors for which there was no room
+KEPT_FREE = 32  # descriptors that are not taken up by copies: without any no core could be started again
 
 
 class Held:
@@ -81,8 +82,10 @@ class Held:
 
     def _hold(self, agent_id: str, name: str, fd: int) -> None:
         self._release(agent_id, name)  # of one name there is one
-        if fd == LOST:
+        if fd == LOST or fd >= descriptor_limit() - KEPT_FREE:  # the kernel gives the lowest number that is free
             self._lost.add(agent_id)
+            if fd != LOST:
+                os.close(fd)
             return
         self._fds.setdefault(agent_id, {})[name] = fd
         self._manager.store(f"{agent_id}.{name}", fd)

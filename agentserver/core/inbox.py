@@ -93,7 +93,7 @@ class Inbox:
             self._task = self._host.scheduler.add(self._peer.turn, self._work(), cost)
 
     def _work(self) -> Generator[None, None, None]:
-        while True:
+        while self._waiting:  # nothing waits any more where the connection was closed between two steps
             tag, raw = self._waiting.popleft()
             size = len(raw or b"")
             steps = self._host.asked(raw, self._peer)

@@ -84,6 +84,7 @@ class Trash:
         with os.scandir(path) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)  # rename(2) refuses to move a directory that we may not write to
                     self._waiting.append(self._moved(entry.path))
                 else:
                     os.unlink(entry.path)
