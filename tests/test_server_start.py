@@ -14,12 +14,17 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Callable
 
 import pytest
 from support import MAIN, ROOT, Server, clean_environ, marked_processes, serve, short_dir, wait_until
 from wire import LineWire, ZmqWire
+
+from agentserver.config import ServerConfig
+from agentserver.core import tree
+from agentserver.core.facts import Facts
 
 PORTS = ("--endpoint", "tcp://127.0.0.1:0", "--pub-endpoint", "tcp://127.0.0.1:0")
 
@@ -209,6 +214,20 @@ def test_the_second_start_finds_what_a_crash_left(start_server: Callable[..., Se
     assert server.socket_path.exists()
     again = start_server(state_dir=server.state_dir)
     assert again.ask({"type": "health_check_request"})["healthy"]
+
+
+def test_the_start_is_remembered_whatever_the_clock_is_set_to() -> None:
+    """By the time since boot, of this boot; what makes no sense is not believed."""
+    started = {"started_at": time.time() - 5, "generation": 1}
+    first = Facts(ServerConfig(), started, 1)
+    told = first.remember_start("", "boot")
+    later = Facts(ServerConfig(), started, 1)
+    later._since -= 86400 * tree.TICKS  # as when the clock was set forward by a day in between
+    assert later.remember_start(told, "boot") == told and 4 < later.uptime() < 60
+    for damaged in (told.replace("boot", "other"), told.rpartition(" ")[0] + " nan", "boot", "", told + "x"):
+        again = Facts(ServerConfig(), started, 1)
+        again.remember_start(damaged, "boot")
+        assert 4 < again.uptime() < 60
 
 
 def test_a_start_right_after_the_death_of_keeper_and_core(start_server: Callable[..., Server]) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 from typing import Callable
 
 import pytest
-from support import Server, agent, wait_until
+from support import DEADLINE_SECS, MAIN, Server, agent, clean_environ, wait_until
 from wire import LineWire, ZmqWire, alive
 
 
@@ -213,3 +216,17 @@ def test_many_agents_end_in_parallel(start_server: Callable[..., Server]) -> Non
     server.close()
     stamps = [info["exit"]["at"] for info in history(start_server, server, refs)]
     assert len(stamps) == 40
+
+
+@pytest.mark.parametrize("link", ["unix", "tcp"])
+def test_the_command_ends_a_server_that_cannot_write_it_down(start_server: Callable[..., Server], link: str) -> None:
+    """The disk is full: the reply would promise what is not on it, so it never comes; the end does."""
+    server = start_server()
+    with LineWire(server.socket_path) as wire:
+        pid = wire.info(wire.spawn("stubborn", grace_secs=3))["pid"]
+    resource.prlimit(server.pids()["core"], resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    address = server.endpoint if link == "tcp" else f"unix:{server.state_dir}"
+    done = subprocess.run([sys.executable, str(MAIN), "--server", address, "shutdown"], capture_output=True, text=True,
+                          timeout=DEADLINE_SECS, env=clean_environ(server.state_dir))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert server.process.wait(DEADLINE_SECS) == 0 and not alive(pid)

@@ -172,7 +172,7 @@ def shutdown(given: Namespace) -> int:
     """End the server, wait until it is gone, and say so."""
     with connect.patient(given) as client:
         pid = str(client.health().metadata.get("pid", ""))
-        reply = client.shutdown(drain=given.drain)
+        reply = _end(client, given, pid)
         _wait_gone(client, pid, given)
         if connect.is_local(client) and not _ended(pid):
             raise RequestTimeout(f"the server answers no more, but its process {pid} has not ended")
@@ -181,6 +181,18 @@ def shutdown(given: Namespace) -> int:
         else:
             show.say(f"the server at {client.address} has ended")
     return exits.OK
+
+
+def _end(client: AgentClient, given: Namespace, pid: str) -> Json:
+    """Ask the server to end, and return its reply. A server whose disk is full cannot write down that it was asked: it
+    ends, but its reply never comes."""
+    try:
+        return client.shutdown(drain=given.drain)
+    except AgentServerError as e:
+        gone = e.code == "unavailable" and connect.is_local(client) and pid.isdigit() and not _runs(int(pid))
+        if not gone and e.code != "shutting_down":
+            raise
+    return {"type": "shutdown_response", "success": True, "state": "down"}
 
 
 def _wait_gone(client: AgentClient, pid: str, given: Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 
 from ..config import ServerConfig
 from ..wire import Json, encode
@@ -33,7 +34,16 @@ class Facts:
         self._parts: Json = dict(started.get("parts", {}))
         self._stops, self._stopped = 0, ""  # how often a look has found the program stopped that is our shell
         self._open: Json = {}
-        self._up, self._since = max(0.0, time.time() - self.started_at), tree.ticks_now()
+        self._since = tree.ticks_now() - max(0.0, time.time() - self.started_at) * tree.TICKS
+
+    def remember_start(self, before: str, boot: str) -> str:
+        """Take in what a core before us has remembered of the server's start, and return what the next one needs: the
+        clock may have been set since."""
+        start = f"{boot} {self.started_at!r} "
+        with suppress(ValueError):
+            found = float(before[len(start):] if before.startswith(start) else "")
+            self._since = found if 0.0 <= found <= tree.ticks_now() else self._since
+        return f"{start}{self._since!r}"
 
     def set_parts(self, told: Json) -> None:
         """Note what the keeper tells of the server's parts: which one stands still, which one it had to kill."""
@@ -90,7 +100,7 @@ class Facts:
 
     def uptime(self) -> float:
         """Return the seconds since the server was started, across deaths of its parts, whatever the clock is set to."""
-        return self._up + (tree.ticks_now() - self._since) / tree.TICKS
+        return (tree.ticks_now() - self._since) / tree.TICKS
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata of a health check; all text, as the protocol says."""

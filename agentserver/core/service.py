@@ -82,6 +82,7 @@ class Service:
         self.counters = Counters("counters.bin", started["started_at"])
         self._config = self._named(config)
         self.facts = Facts(self._config, started, keeper.pid)
+        self.registry.put("started", self.facts.remember_start(self.registry.get("started"), tree.boot_id()))
         feed = Feed(self.registry, self.counters, self._config.server_id, self.facts.generation)
         self._pushing = Pushing(feed, self.reactor, config.pub_hwm // 4)
         self._keeper = keeper
