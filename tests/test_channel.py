@@ -11,13 +11,14 @@ import os
 import resource
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 from support import DEADLINE_SECS, wait_until
 
-from agentserver.core.channel import LOST, Channel, whole
+from agentserver.core.channel import LOST, Channel, readable, whole
 
 
 @pytest.fixture
@@ -130,3 +131,21 @@ def test_descriptors_of_an_unfinished_line_are_closed(tmp_path: Path) -> None:
     ours.close()
     assert os.read(read, 1) == b"", "nobody holds the other end any more"
     os.close(read)
+
+
+def test_descriptors_of_any_number_are_waited_for() -> None:
+    read, write = os.pipe()
+    high = os.dup(read)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 3000:
+        pytest.skip("this process may not have so many descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 3000), hard))
+    try:
+        os.dup2(read, 2999)
+        assert readable([2999], 0.01) == []
+        os.write(write, b"x")
+        assert readable([2999, high], 10) == [2999, high]
+    finally:
+        for fd in (read, write, high, 2999):
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -173,7 +173,7 @@ class Adoption:
             self._family.reaped(agent.pid)
             self._family.remove(agent)
             self._supervisor.ending.close(agent)
-            self._lost(agent, tree.marked().get(agent.id, []))
+            self._lost(agent, tree.marked().get(agent.id, []) + tree.tagged().get(agent.tag, []))
 
     def _lost(self, agent: Agent, left: list[tree.Proc],
               why: str = "the server died together with what it held of the agent") -> None:

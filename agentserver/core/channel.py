@@ -209,6 +209,15 @@ class Channel:
         self._sock.close()
 
 
+def readable(fds: Sequence[int], secs: float) -> list[int]:
+    """Wait for at most so many seconds; return those of some descriptors, of any number, from which can be read.
+    (select(2) knows none above 1023, and a keeper may hold thousands of others.)"""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _events in poll.poll(max(0.0, secs) * 1000)]
+
+
 def whole(fds: list[int]) -> list[int]:
     """Return the descriptors of a word if all have come, else none: those that have are closed."""
     if LOST not in fds:

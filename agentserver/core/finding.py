@@ -10,14 +10,13 @@ nobody but itself holds what its agents need. So it is named, and left alone. A 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import time
 
 from ..errors import LinkError, StartError
 from . import tree
-from .channel import Channel, Json
+from .channel import Channel, Json, readable
 from .framing import KEEPER
 from .link import dial
 from .lock import held_by_another
@@ -80,7 +79,7 @@ def _call(sock: socket.socket, wake: socket.socket, until: float, state_dir: str
 def _await(fds: list[int], wake: socket.socket, until: float, state_dir: str) -> bool:
     """Wait until one of `fds` is readable; return False when the time is over."""
     while True:
-        ready, _, _ = select.select([wake.fileno(), *fds], [], [], max(0.0, until - time.monotonic()))
+        ready = readable([wake.fileno(), *fds], until - time.monotonic())
         if wake.fileno() in ready and not set(ENDS).isdisjoint(wake.recv(4096)):
             raise StartError(f"ended by a signal; the server in {state_dir} goes on without a keeper")
         if wake.fileno() not in ready:

@@ -22,7 +22,7 @@ from typing import Callable
 from ..config import ServerConfig
 from ..errors import StartError
 from . import leftovers, privacy, process, tree
-from .channel import Json
+from .channel import Json, readable
 from .finding import find
 from .held import Held
 from .log import Log
@@ -461,7 +461,7 @@ class Keeper:
 
     def _pause(self, secs: float) -> bool:
         """Wait for a moment, and reap; return whether a signal asks us to hurry."""
-        select.select([self._wake], [], [], secs)
+        readable([self._wake.fileno()], secs)
         try:
             heard = self._wake.recv(4096)
         except BlockingIOError:
