@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Callable
 
 import pytest
+import zmq
 from support import Server, serve, wait_until
-from test_faults import zmq_answers
+from test_faults import published, zmq_answers
 from test_survival import by_request, kill_core, reload, successor, told
-from wire import LineWire
+from wire import LineWire, ZmqWire
 
 PORTS = ("--endpoint", "tcp://127.0.0.1:0", "--pub-endpoint", "tcp://127.0.0.1:0")
 
@@ -37,6 +38,30 @@ def test_the_socket_comes_back(server: Server, sweep: Callable[[Path], None]) ->
     with LineWire(server.socket_path) as wire:
         assert wire.status(each) == "running"
     assert zmq_answers(server.endpoint)
+
+
+def test_the_sockets_of_the_network_come_back(start_server: Callable[..., Server], run_dir: Path) -> None:
+    """Those of `ipc://` addresses: for requests and for subscribers. Who was connected stays."""
+    files = [run_dir / name for name in ("requests", "events")]
+    endpoints = [f"ipc://{path}" for path in files]
+    server = start_server(endpoint=endpoints[0], pub_endpoint=endpoints[1])
+    with ZmqWire(endpoints[0]) as before:
+        for _ in range(2):
+            before.ok("health_check_request")
+            for path in files:
+                path.unlink()
+            wait_until(lambda: all(path.exists() for path in files), what="the sockets to be back")
+            assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+            assert zmq_answers(endpoints[0])
+            before.ok("health_check_request")
+    with zmq.Context() as context, context.socket(zmq.SUB) as sub:
+        sub.connect(endpoints[1])
+        sub.subscribe(b"")
+        wait_until(lambda: published(server, sub), what="an event to arrive")
+    reload(server, by_request)
+    assert zmq_answers(endpoints[0])
+    server.close()
+    assert not any(path.exists() for path in files)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a child subreaper")

@@ -102,6 +102,11 @@ def _keep(fd: int, lock: str) -> None:
         pass
 
 
+def _tidy(fd: int, lock: str, front: Front) -> None:
+    _keep(fd, lock)
+    front.put_back()
+
+
 def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
     from ..config import ServerConfig
     config = ServerConfig.from_json(hello["config"])
@@ -118,6 +123,7 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
                 _REBIND_SECS if again else 0.0, left_behind(hello))
             loop = front.loop(owner)
             if loop.meet():
+                owner.tidy = lambda: _tidy(fd, lock, front)
                 (endpoint, pub_endpoint), (files, fds) = front.endpoints, hand_on(front.bound)
                 fds = fds if hello.get("holds_listeners") else []  # an older keeper would keep them open for nobody
                 channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint, "files": files,

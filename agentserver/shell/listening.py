@@ -14,7 +14,7 @@ import os
 import socket
 import stat
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import zmq
@@ -24,6 +24,7 @@ from ..errors import StartError
 from .endpoints import reach
 
 _QUEUED = 1024  # connections that are not accepted yet, as while the next shell starts
+PUT_BACK_MOST = 100  # times that the file of one socket is put back: each costs a descriptor
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Bound:
     endpoint: str
     fd: int                              # listens; libzmq closes it with the socket
     identity: Tuple[int, ...] = ()       # of the file: device and inode
+    put_back: int = 0                    # how often its file was put back
 
     def release(self) -> None:
         """Call after the socket was closed."""
@@ -86,6 +88,17 @@ def _use(sock: zmq.Socket[Any], bound: Bound) -> Bound:
     sock.setsockopt(zmq.USE_FD, bound.fd)
     sock.bind(bound.endpoint)
     return bound
+
+
+def put_back(sock: zmq.Socket[Any], bound: Bound) -> Bound:
+    """Listen anew if the file of an `ipc://` socket was removed, or another put in its place; return what is bound now.
+    The listener without a file stays: libzmq would end with it who came by it."""
+    if not bound.identity or _identity(bound.endpoint) == bound.identity or bound.put_back >= PUT_BACK_MOST:
+        return bound
+    try:
+        return replace(_bind(sock, bound.endpoint), put_back=bound.put_back + 1)
+    except (OSError, zmq.ZMQError):  # the directory has gone, or something else is there: tried again later
+        return bound
 
 
 # ---------------------------------------------------------------- handing on

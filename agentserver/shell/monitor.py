@@ -10,11 +10,12 @@ before something is published again; what libzmq itself keeps is bounded by cutt
 """
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
 import time
-from typing import Any, Dict, Optional, Set
+from typing import Any, Callable, Dict, Optional, Set
 
 import zmq
 
@@ -25,7 +26,7 @@ from .connections import INFINITE, Connections
 from .crowd import JOIN_BYTES, MOST_BYTES, MOST_UNHEARD, NODE_BYTES, Crowd
 from .cutting import Cutter
 from .endpoints import connection_of, xpub_socket
-from .listening import Bound, bind
+from .listening import Bound, bind, put_back
 from .zap import Zap
 
 MAX_TOPIC = 64             # bytes; no topic of ours is longer
@@ -110,6 +111,14 @@ class Monitor:
         if self._bound is not None and not followed:
             self._bound.release()
 
+    def put_back(self) -> None:
+        """Have the thread look whether the file of its `ipc://` socket is still there."""
+        self._waker.send(b"x")
+
+    def _put_back(self, xpub: zmq.Socket[Any]) -> None:
+        assert self._bound is not None
+        self._bound = put_back(xpub, self._bound)
+
     def _main(self, hello: Dict[str, Any]) -> None:
         xpub = xpub_socket(self._context, self._hwm)
         connections = Connections(self._context, xpub, self._cutter)
@@ -124,7 +133,7 @@ class Monitor:
                 self._opened.set()
             _Publisher(xpub, connections, self._cutter, FrameStream(self._core, {
                 **hello, "role": "monitor", "pub_endpoint": self._bound.endpoint,
-            }), self._wake.fileno()).run()
+            }), self._wake.fileno(), lambda: self._put_back(xpub)).run()
         finally:
             self._zap.unwatch(connections)
             connections.close()
@@ -135,25 +144,28 @@ class _Publisher:
     """The loop of the monitor thread."""
 
     def __init__(self, xpub: zmq.Socket[Any], connections: Connections, cutter: Cutter, stream: FrameStream,
-                 wake_fd: int) -> None:
+                 wake_fd: int, put_back: Callable[[], None]) -> None:
+        """`wake_fd` ends it with its end of file; anything else calls `put_back`."""
         self._xpub, self._connections = xpub, connections
         self._xpub_fd = int(xpub.getsockopt(zmq.FD))
         self._stream = stream
-        self._wake_fd = wake_fd
+        self._wake_fd, self._put_back = wake_fd, put_back
         self._topics, self._memory, self._talk = Topics(), Crowd(MOST_BYTES, cutter), Crowd(MOST_UNHEARD, cutter)
         self._tag = 0              # of the latest subscription
         self._unconfirmed = 0.0    # since when it waits for its reply; 0: it does not
         self._lost_at = time.monotonic()
 
     def run(self) -> None:
-        """Publish until the wake descriptor becomes readable."""
+        """Publish until the wake descriptor ends."""
         try:
             while True:
                 more = self._hear_subscribers()
                 self._keep_connected()
                 ready = self._sleep(more)
                 if self._wake_fd in ready:
-                    return
+                    if not os.read(self._wake_fd, 64):
+                        return
+                    self._put_back()
                 if self._stream.fd in ready:
                     self._forward()
                 if self._connections.traffic_fd in ready:

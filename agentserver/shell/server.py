@@ -25,7 +25,7 @@ from ..wire import encode, new_id
 from .connections import Connections
 from .cutting import Cutter
 from .endpoints import router_socket
-from .listening import Bound, bind
+from .listening import Bound, bind, put_back
 from .loop import Owner, RequestLoop
 from .monitor import Monitor
 from .zap import Zap
@@ -218,6 +218,12 @@ class Front:
                                     self._config.pub_hwm, patience_secs, left[1])
             self.bound.append(self._monitor.start({**self._hello, "endpoint": self.bound[0].endpoint}))
         self._zap.bound_connections()
+
+    def put_back(self) -> None:
+        """See that the files of `ipc://` sockets are there, and put back what somebody has removed."""
+        self.bound[0] = put_back(self._router, self.bound[0])
+        if self._monitor is not None:
+            self._monitor.put_back()
 
     @property
     def endpoints(self) -> tuple[str, str]:
