@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from support import wait_until
+from support import Server, wait_until
 from wire import LineWire, new_id
 
 from agentserver.core import refusal
@@ -62,6 +62,8 @@ CASES: dict[str, tuple[Made, str]] = {
     "Windows": (lambda at: program(at, b"MZ\x90\0rest"), "is a program for Windows"),
     "no interpreter": (lambda at: program(at, b"#!/no/such -x\n"), "the interpreter '/no/such', which does not exist"),
     "no word": (lambda at: program(at, b"#!  \n"), "names no interpreter in its first line"),
+    "circle of links": (lambda at: (at.symlink_to(at.name), str(at))[1], "is a link that leads in a circle"),
+    "byte order mark": (lambda at: program(at, b"\xef\xbb\xbf#!/bin/sh\n"), "begins with a byte order mark"),
     "CR LF": (lambda at: program(at, b"#!/bin/sh\r\necho hello\r\n"), "end as on Windows (CR LF)"),
     "interpreter is a directory": (lambda at: program(at, b"#!/tmp\n"), "'/tmp' is a directory, not a program"),
     "interpreter is text": (lambda at: program(at, f"#!{program(at.with_name('in'), b'hm')}\n".encode()),
@@ -114,6 +116,20 @@ def test_a_directory_that_is_gone_is_named(unix: LineWire, tmp_path: Path) -> No
     sentence = unix.cannot("spawn_failed", agent, "restart")
     record = unix.exit(agent)
     assert "not any more" in sentence and record["reason"] == "not_started" and record["message"] == sentence
+
+
+def test_a_state_directory_that_was_moved_is_named(start_server: Callable[..., Server]) -> None:
+    """Not the program, which is there."""
+    server = start_server()
+    moved = server.state_dir.with_name("moved")
+    with LineWire(server.socket_path) as wire:
+        server.state_dir.rename(moved)
+        try:
+            sentence = wire.refused("spawn_failed", "spawn_request", config={"command": ["/bin/true"]})
+        finally:
+            moved.rename(server.state_dir)
+        assert "its state directory may have been moved" in sentence
+        wire.ended(wire.ok("spawn_request", config={"command": ["/bin/true"]})["agent_info"]["id"])
 
 
 def test_a_restart_that_fails_later_keeps_its_reason(unix: LineWire, tmp_path: Path) -> None:

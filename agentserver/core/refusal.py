@@ -23,6 +23,7 @@ STRING_BYTES = 32 * os.sysconf("SC_PAGE_SIZE")
 _ELF, _INTERPRETER = b"\x7fELF", 3  # PT_INTERP, see elf(5)
 _MACHINES = {3: "i386", 8: "MIPS", 20: "PowerPC", 21: "64-bit PowerPC", 22: "S/390", 40: "32-bit ARM", 62: "x86-64",
              183: "64-bit ARM", 243: "RISC-V", 258: "LoongArch"}
+_MARKED = b"\xef\xbb\xbf#!"
 _FOREIGN = {b"MZ": "Windows", b"\xcf\xfa\xed\xfe": "macOS", b"\xca\xfe\xba\xbe": "macOS"}
 
 
@@ -59,6 +60,9 @@ def _error(number: int) -> str:
     if number == errno.EAGAIN:
         return ("this user has as many processes as it may have (RLIMIT_NPROC, or the pids limit of a container); "
                 "end some, or raise that limit")
+    if number == errno.ENOENT:  # the program is there, and so is all that it names
+        return ("a file that the server itself needs for a start is not there; its state directory may have been moved "
+                "or deleted")
     if number == errno.ETXTBSY:
         return "it is being written just now; try again when that is done"
     return os.strerror(number)
@@ -107,6 +111,8 @@ def _cause(number: int, program: str, depth: int) -> str:
 
 
 def _not_there(program: str, e: OSError) -> str:
+    if e.errno == errno.ELOOP:
+        return f"{shown(program)} is a link that leads in a circle"
     if os.path.islink(program):
         return f"{shown(program)} is a link to {shown(os.readlink(program))}, which is not there"
     if e.errno == errno.EACCES:
@@ -164,6 +170,9 @@ def _binary(number: int, program: str, head: bytes) -> str:
             return f"{shown(program)} is a program for {system}, and cannot run here"
     if not head:
         return f"{shown(program)} is empty, and so not a program"
+    if head.startswith(_MARKED):
+        return (f"{shown(program)} begins with a byte order mark, before its #!; save it as UTF-8 without one: "
+                "sed -i '1s/^\\xEF\\xBB\\xBF//' FILE")
     return f"{shown(program)} is not a program: it has neither a known format nor a first line such as #!/bin/sh"
 
 
