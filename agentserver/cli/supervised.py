@@ -20,7 +20,8 @@ def checks(keeper: int, max_agents: int) -> list[Finding]:
     environ = environment_of(keeper) if keeper else dict(os.environ)
     if environ is None:
         return [Finding("service manager", UNKNOWN, f"the environment of process {keeper} cannot be read",
-                        "what a manager gives the server is not known", "ask as the server's user, or as root")]
+                        "what a manager gives the server is not known",
+                        "run doctor as root: a server shows its environment to nobody else")]
     who = "the server" if keeper else "this command"
     if not environ.get("NOTIFY_SOCKET"):
         return [Finding("service manager", LACKING, f"{who} was not started by one (NOTIFY_SOCKET is not set)",
