@@ -143,6 +143,17 @@ def test_thousands_of_forged_headers(start_server: Callable[..., Server]) -> Non
     assert server.logs().count("without holding shell.lock") == 1
 
 
+def test_a_shell_that_has_left_is_no_liar(start_server: Callable[..., Server]) -> None:
+    """It had the lock when it said hello, and has it no more when the core hears that."""
+    server = start_server()
+    core = server.pids()["core"]
+    os.kill(core, signal.SIGSTOP)
+    FrameWire(server, role="requests").socket.close()
+    os.kill(core, signal.SIGCONT)
+    log = server.state_dir / "core.log"
+    assert server.pids()["core"] == core and not (log.exists() and "claims" in log.read_text())
+
+
 # ---------------------------------------------------------------- who claims to be the keeper
 
 def test_a_stranger_is_no_keeper(start_server: Callable[..., Server]) -> None:

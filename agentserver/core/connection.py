@@ -156,8 +156,9 @@ class Connection:
         return len(inbox) if inbox is not None else 0
 
     def _greeted(self, hello: Hello) -> None:
+        """A peer says what it is. One that has gone is none any more: a shell that left, for example, holds no lock."""
         self._role = hello.role
-        self.shell = self._desk.hello(hello, self._caller)
+        self.shell = None if self._hung_up() else self._desk.hello(hello, self._caller)
         self._forget_idle()
 
     def finish(self) -> None:
