@@ -7,6 +7,8 @@ Unaware: of the registry and of agents' files.
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Callable
@@ -16,7 +18,7 @@ import zmq
 from support import Server, serve, wait_until
 from test_faults import published, zmq_answers
 from test_survival import by_request, kill_core, reload, successor, told
-from wire import LineWire, ZmqWire
+from wire import LineWire, ZmqWire, alive
 
 PORTS = ("--endpoint", "tcp://127.0.0.1:0", "--pub-endpoint", "tcp://127.0.0.1:0")
 
@@ -54,6 +56,12 @@ def test_the_sockets_of_the_network_come_back(start_server: Callable[..., Server
             assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
             assert zmq_answers(endpoints[0])
             before.ok("health_check_request")
+    shell = server.pids()["shell"]
+    os.kill(shell, signal.SIGKILL)
+    wait_until(lambda: not alive(shell), what="the shell to die")
+    with socket.socket(socket.AF_UNIX) as comes_meanwhile:
+        comes_meanwhile.connect(str(files[0]))  # the keeper holds what is listened on now
+    wait_until(lambda: zmq_answers(endpoints[0]), what="the next shell")
     with zmq.Context() as context, context.socket(zmq.SUB) as sub:
         sub.connect(endpoints[1])
         sub.subscribe(b"")

@@ -102,9 +102,17 @@ def _keep(fd: int, lock: str) -> None:
         pass
 
 
-def _tidy(fd: int, lock: str, front: Front) -> None:
+def _tidy(fd: int, lock: str, front: Front, tell: Callable[[], None]) -> None:
     _keep(fd, lock)
-    front.put_back()
+    if front.put_back():
+        tell()
+
+
+def _tell(channel: Channel, front: Front, hello: Json) -> None:
+    """Tell the keeper where we listen, and give it copies to hold for the next shell."""
+    (endpoint, pub_endpoint), (files, fds) = front.endpoints, hand_on(front.bound)
+    fds = fds if hello.get("holds_listeners") else []  # an older keeper would keep them open for nobody
+    channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint, "files": files, "answers": True}}, fds)
 
 
 def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
@@ -123,11 +131,8 @@ def _serve(channel: Channel, owner: Kept, hello: Json) -> None:
                 _REBIND_SECS if again else 0.0, left_behind(hello))
             loop = front.loop(owner)
             if loop.meet():
-                owner.tidy = lambda: _tidy(fd, lock, front)
-                (endpoint, pub_endpoint), (files, fds) = front.endpoints, hand_on(front.bound)
-                fds = fds if hello.get("holds_listeners") else []  # an older keeper would keep them open for nobody
-                channel.send({"ready": {"endpoint": endpoint, "pub_endpoint": pub_endpoint, "files": files,
-                                        "answers": True}}, fds)
+                owner.tidy = lambda: _tidy(fd, lock, front, lambda: _tell(channel, front, hello))
+                _tell(channel, front, hello)
                 loop.run()
         finally:
             front.close(owner.followed)

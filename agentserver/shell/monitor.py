@@ -111,9 +111,11 @@ class Monitor:
         if self._bound is not None and not followed:
             self._bound.release()
 
-    def put_back(self) -> None:
-        """Have the thread look whether the file of its `ipc://` socket is still there."""
+    def put_back(self) -> Bound:
+        """Have the thread look whether the file of its `ipc://` socket is still there; return what is bound so far."""
+        assert self._bound is not None
         self._waker.send(b"x")
+        return self._bound
 
     def _put_back(self, xpub: zmq.Socket[Any]) -> None:
         assert self._bound is not None

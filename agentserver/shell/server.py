@@ -219,11 +219,14 @@ class Front:
             self.bound.append(self._monitor.start({**self._hello, "endpoint": self.bound[0].endpoint}))
         self._zap.bound_connections()
 
-    def put_back(self) -> None:
-        """See that the files of `ipc://` sockets are there, and put back what somebody has removed."""
+    def put_back(self) -> bool:
+        """See that the files of `ipc://` sockets are there, and put back what somebody has removed; return whether we
+        listen on another socket now than when this was asked last."""
+        before = list(self.bound)
         self.bound[0] = put_back(self._router, self.bound[0])
         if self._monitor is not None:
-            self._monitor.put_back()
+            self.bound[1] = self._monitor.put_back()
+        return self.bound != before
 
     @property
     def endpoints(self) -> tuple[str, str]:
