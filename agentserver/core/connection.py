@@ -98,7 +98,10 @@ class Connection:
 
     def _guarded(self, mask: int) -> None:
         """A mistake in what we do for one connection ends that one."""
-        if not self._desk.reactor.guard("a connection", self._ready, mask):
+        try:
+            self._ready(mask)
+        except Exception as e:
+            self._desk.reactor.mistake("a connection", e)
             self.close()
 
     def _ready(self, mask: int) -> None:
@@ -280,7 +283,7 @@ class Connection:
     def handled(self, size: int) -> None:
         """One request, of so many bytes, is done; there may be room for others."""
         self._held -= size
-        if self._watch.active:
+        if self._uncut and self._watch.active:
             self._cut_lines()
             self._desk.dirty(self)
 

@@ -1,7 +1,8 @@
 """What one peer asks on one connection: its requests in their order, one after another.
 
 Owns:    the requests of this peer that wait, and the promises of replies that are being made for it.
-Runs in: the core's thread, as a task of the scheduler: a request is a step, a large one several.
+Runs in: the core's thread: at once where nobody else waits for a turn, else as a task of the scheduler; a request is a
+         step, a large one several.
 Unaware: of sockets, framing, and what a request means.
 
 While a request is at work in steps, the next one of the same peer waits, so that their effects come in the order in
@@ -11,7 +12,7 @@ are too many. Other peers are not held by either.
 from __future__ import annotations
 
 from collections import deque
-from typing import Deque, Generator, Protocol
+from typing import Deque, Generator, Protocol, Tuple
 
 from ..wire import encode
 from .control import Peer, Steps
@@ -21,7 +22,11 @@ from .scheduler import Scheduler, Task
 PROMISED_MOST = 8     # replies that are being made for one peer; until then no further request of it is handled
 FAILED = encode({"type": "error_response", "request_id": None, "success": False, "error_code": "internal",
                  "error": "something failed inside the server; its core.log says what"})
+QUICK_BYTES = 64 * 1024  # a longer request is never done at once
 SECS_PER_BYTE = 2e-8  # about what a large request costs before it is known what it asks for
+
+
+_Request = Tuple[int, int, Steps]  # its tag, its size, and what makes its reply
 
 
 class Host(Protocol):
@@ -88,31 +93,47 @@ class Inbox:
 
     def go_on(self) -> None:
         """Work on what waits, if that is possible and not under way."""
-        if self._ready and (self._task is None or self._task.done):
-            cost = len(self._waiting[0][1] or b"") * SECS_PER_BYTE
-            self._task = self._host.scheduler.add(self._peer.turn, self._work(), cost)
+        scheduler = self._host.scheduler
+        while self._ready and (self._task is None or self._task.done):
+            size = len(self._waiting[0][1] or b"")
+            if size > QUICK_BYTES or not scheduler.free:
+                self._task = scheduler.add(self._peer.turn, self._work(None), size * SECS_PER_BYTE)
+                return
+            request = self._next()
+            if self._step(request):
+                self._task = scheduler.add(self._peer.turn, self._work(request))
+            else:
+                self._host.handled(size)
 
-    def _work(self) -> Generator[None, None, None]:
-        while self._waiting:  # nothing waits any more where the connection was closed between two steps
-            tag, raw = self._waiting.popleft()
-            size = len(raw or b"")
-            steps = self._host.asked(raw, self._peer)
-            del raw  # it is large, and no longer needed when it was read
-            try:
-                while True:
-                    if next(steps) and self._host.abandoned:
-                        steps.close()
-                        break
-                    yield
-            except StopIteration as made:
-                self._reply(tag, made.value)
-            except Exception as e:
-                self._host.mistake(e)
-                self._host.answer(tag, FAILED)
-            self._host.handled(size)
+    def _next(self) -> _Request:
+        tag, raw = self._waiting.popleft()
+        return tag, len(raw or b""), self._host.asked(raw, self._peer)
+
+    def _work(self, request: _Request | None) -> Generator[None, None, None]:
+        """Do one request after another; the first may be at work already."""
+        while request is not None or self._waiting:  # nothing waits where the connection was closed between two steps
+            request = request or self._next()
+            while self._step(request):
+                yield
+            self._host.handled(request[1])
             if not self._ready:
                 return
+            request = None
             yield
+
+    def _step(self, request: _Request) -> bool:
+        """Do one step of a request; return whether there are more."""
+        tag, _, steps = request
+        try:
+            if not next(steps) or not self._host.abandoned:
+                return True
+            steps.close()
+        except StopIteration as made:
+            self._reply(tag, made.value)
+        except Exception as e:
+            self._host.mistake(e)
+            self._host.answer(tag, FAILED)
+        return False
 
     def _reply(self, tag: int, reply: bytes | Pending) -> None:
         if isinstance(reply, bytes):

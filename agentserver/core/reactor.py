@@ -56,6 +56,7 @@ class Reactor:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        self.turns = 0
         self.end_of_turn: Callable[[], None] = lambda: None
         self.say: Callable[[str], None] = lambda sentence: None
         self._told: set[tuple[str, str]] = set()
@@ -186,6 +187,7 @@ class Reactor:
 
     def turn(self, wait: bool = True) -> None:
         """Do what is ready, after waiting for it until the next deadline."""
+        self.turns += 1
         timeout = 0.0 if self._bulk or self._soon or not wait else self._until_next()
         for key, mask in self._selector.select(timeout):
             watch: Watch = key.data

@@ -115,6 +115,17 @@ class Scheduler:
         self._count = 0       # of entries in the queue, so that equals are served in the order in which they came
         self._least = 0.0     # what an owner had been charged when it was served last; it only grows
         self._expected = False  # a slice is due in this turn or the next
+        self._turn, self._until = -1, 0.0  # up to when small things are done at once in this turn
+
+    @property
+    def free(self) -> bool:
+        """Whether something small may be done at once: nobody waits for a turn, and not much was done so in this one."""
+        if self._queue:
+            return False
+        if self._turn != self._reactor.turns:
+            self._turn, self._until = self._reactor.turns, self._reactor.clock() + SLICE_SECS
+            return True
+        return self._reactor.clock() < self._until
 
     @property
     def busy(self) -> bool:

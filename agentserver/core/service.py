@@ -107,6 +107,8 @@ class Service:
         self._withheld: dict[Connection, float] = {}  # whose replies wait for the disk, and until when at most
         self._yielding: Timer | None = None
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
+        self._parts_of_end = (self._commit, self._acknowledge, self._pushing.flush, self._push, self._answer_keeper,
+                              self._send)
         self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
         self._stranger_named = self._refusing = False
         self._listener: Listener | None = None
@@ -341,8 +343,11 @@ class Service:
     def _end_of_turn(self) -> None:
         """Each part is done also when one before it has failed."""
         self._durable = False
-        for part in (self._commit, self._acknowledge, self._pushing.flush, self._push, self._answer_keeper, self._send):
-            self.reactor.guard("the end of a turn", part)
+        for part in self._parts_of_end:
+            try:
+                part()
+            except Exception as e:
+                self.reactor.mistake("the end of a turn", e)
 
     def _commit(self) -> None:
         self.supervisor.family.stale()

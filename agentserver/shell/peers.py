@@ -86,8 +86,9 @@ class Turns:
     def next(self, large: bool) -> Request | None:
         """Return the request whose turn it is, or `None` if none may go to the core now. `large`: whether a large one
         may; a client with one waits for that and keeps its place."""
-        for _ in range(len(self._turns)):
-            peer = self._turns.popleft()
+        turns = self._turns
+        for _ in range(len(turns)) if turns else ():
+            peer = turns.popleft()
             if peer.line and peer.may_ask and not large and len(peer.line[0].body) > SMALL_BYTES:
                 self._turns.append(peer)
                 continue
