@@ -108,7 +108,7 @@ class Service:
         self._yielding: Timer | None = None
         self._known: list[int] = []  # ends that the keeper told of, for it to forget after the next commit
         self._parts_of_end = (self._commit, self._acknowledge, self._pushing.flush, self._push, self._answer_keeper,
-                              self._send)
+                              self._send, self._push_more)
         self.reactor.end_of_turn, self.reactor.say = self._end_of_turn, say
         self._stranger_named = self._refusing = False
         self._listener: Listener | None = None
@@ -380,6 +380,9 @@ class Service:
 
     def _push(self) -> None:
         self._feed.flush(self._durable)
+
+    def _push_more(self) -> None:
+        """After all was sent: who took something has room for more, and nothing else may wake us for that."""
         if self._pushing.ready:
             self.reactor.soon(_more)
 
