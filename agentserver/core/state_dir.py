@@ -15,8 +15,8 @@ from ..errors import StartError
 AGENTS = "agents"
 #: one of these makes a directory a state directory
 _OURS = ("keeper.lock", "core.lock", "shell.lock", "core.sock", "registry.db")
-#: what may lie in one that was never served: the first thing we make, and what the root of a file system has
-_NOTHING = frozenset((AGENTS, "lost+found"))
+#: what may lie in one that was never served: the first things we make, and what the root of a file system has
+_NOTHING = frozenset((AGENTS, "keeper.log", "lost+found"))
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 

@@ -36,11 +36,15 @@ class Unlisted:
         self._output, self._finish, self._clock = output, finish, clock
 
     def find(self, taken: TakeOver, known: Mapping[str, Agent], unreadable: Mapping[str, object]) -> list[Agent]:
-        """Return agents for all that runs, or that the keeper holds something of, and that is not `known`."""
-        marked = {agent_id for agent_id in taken.marked
-                  if agent_id in unreadable or (is_id(agent_id) and os.path.isdir(self._directory(agent_id)))}
-        return [self._agent(agent_id, taken) for agent_id in sorted((marked | set(taken.held)) - set(known))
+        """Return agents for all that runs, or that the keeper holds something of, and that is not `known`. What is held
+        of one that has neither a process nor a directory is not an agent's."""
+        marked = {agent_id for agent_id in taken.marked if agent_id in unreadable or self._is_here(agent_id)}
+        held = {agent_id for agent_id in taken.held if agent_id in taken.marked or self._is_here(agent_id)}
+        return [self._agent(agent_id, taken) for agent_id in sorted((marked | held) - set(known))
                 if agent_id and "/" not in agent_id]
+
+    def _is_here(self, agent_id: str) -> bool:
+        return is_id(agent_id) and os.path.isdir(self._directory(agent_id))
 
     def _agent(self, agent_id: str, taken: TakeOver) -> Agent:
         held = taken.held.get(agent_id, {})
