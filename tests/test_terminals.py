@@ -7,6 +7,7 @@ Unaware: of what a terminal looks like to a person: nothing here draws a screen.
 """
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -215,7 +216,7 @@ def test_raw_mode_takes_everything_as_it_is(unix: LineWire) -> None:
     sent = 0
     while sent < len(data):
         piece = data[sent:sent + 100_000]
-        reply = unix.control(ref, "write_stdin", data=list(piece))
+        reply = unix.control(ref, "write_stdin", data=base64.b64encode(piece).decode(), encoding="base64")
         assert reply["bytes_written"] == len(piece)
         sent += len(piece)
     assert reply["buffered"] > 500_000

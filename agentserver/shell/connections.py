@@ -77,7 +77,7 @@ class Connections:
         self._active: set[int] = set()
         self._suspects: set[Connection] = set()
         self.look_at = INFINITE     # when `measure` is due (monotonic); infinite while nothing has arrived
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC) if self._traffic is not None else -1
+        self._statm = _statm()
         self._calm = self._resident()
 
     def close(self) -> None:
@@ -87,6 +87,7 @@ class Connections:
             self._monitor.close()
         if self._traffic is not None:
             self._traffic.close()
+        if self._statm >= 0:
             os.close(self._statm)
 
     # ------------------------------------------------------------ who is there
@@ -220,6 +221,14 @@ class Connections:
 
     def _resident(self) -> int:
         return int(os.pread(self._statm, 100, 0).split()[1]) * _PAGE if self._statm >= 0 else 0
+
+
+def _statm() -> int:
+    """Return a descriptor that tells how much memory the process has (proc(5)), -1 where there is none."""
+    try:
+        return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _taken(connection: Connection) -> int:
