@@ -133,10 +133,21 @@ def test_a_closed_connection_drops_what_waits_and_finishes_what_is_at_work(host:
 def test_what_is_dropped_before_it_was_begun_is_no_mistake(host: Host) -> None:
     said: List[str] = []
     host.reactor.say = said.append
+    host.put("two", 1, b"deed 1 a")  # or the next one would be done at once
     host.put("one", 1, b"never")
     host.inboxes["one"].clear()
     host.turns()
-    assert not (said or host.answers) and host.inboxes["one"].idle
+    assert not said and host.answers == [b"1 deed 1 a"] and host.inboxes["one"].idle
+
+
+def test_what_is_small_is_done_at_once_where_nobody_waits(host: Host) -> None:
+    host.put("one", 1, b"hello")
+    assert host.answers == [b"1 hello"], "not only in the next turn"
+    host.put("two", 1, b"deed 2 a")
+    host.put("one", 2, b"again")
+    assert len(host.answers) == 1, "another one is at work, and they take turns"
+    host.turns()
+    assert host.answers[1:] == [b"2 again", b"1 deed 2 a"]
 
 
 def test_a_mistake_costs_one_request(host: Host) -> None:

@@ -70,9 +70,9 @@ class Desk(Protocol):
 class Connection:
     """See the module. `topics` and `push` make it a `feed.Subscriber`."""
 
-    __slots__ = ("_caller", "_deeds", "_desk", "_eof", "_frames", "_held", "_inboxes", "_lines", "_missed", "_out",
-                 "_role", "_sock", "_stalled", "_topics", "_topics_kept", "_uncut", "_unsent", "_watch", "known",
-                 "scheduler", "shell")
+    __slots__ = ("_caller", "_cutting", "_deeds", "_desk", "_eof", "_frames", "_held", "_inboxes", "_lines", "_missed",
+                 "_out", "_role", "_sock", "_stalled", "_topics", "_topics_kept", "_uncut", "_unsent", "_watch",
+                 "known", "scheduler", "shell")
 
     def __init__(self, sock: socket.socket, caller: Caller, desk: Desk) -> None:
         self._sock, self._caller, self._desk, self.scheduler = sock, caller, desk, desk.scheduler
@@ -80,6 +80,7 @@ class Connection:
         self._frames = framing.FrameDecoder(MAX_WIRE)
         self._inboxes: dict[bytes, Inbox] = {}  # by the header that names a peer
         self._held = 0       # bytes of requests that wait or are at work
+        self._cutting = False
         self._uncut = memoryview(b"")  # what was read and not yet cut into lines, as more of them wait already
         self._out: Deque[memoryview | bytes] = deque()
         self._deeds: list[memoryview | bytes] = []  # replies to what was done and is not on disk, as the disk refuses
@@ -146,11 +147,18 @@ class Connection:
                 self._put(tag, head, body)
 
     def _cut_lines(self) -> None:
-        """Cut lines from what was read, so many bytes at once, until enough of them wait."""
-        while self._uncut and self._lines is not None and self._waiting < WAITING_MOST:
-            data, self._uncut = bytes(self._uncut[:CUT]), self._uncut[CUT:]
-            for line in self._lines.feed(data):
-                self._put(0, b"", line)
+        """Cut lines from what was read, so many bytes at once, until enough of them wait. A request that is done at
+        once makes room for the next ones: they come behind it, in their order."""
+        if self._cutting:
+            return
+        self._cutting = True
+        try:
+            while self._uncut and self._lines is not None and self._waiting < WAITING_MOST:
+                data, self._uncut = bytes(self._uncut[:CUT]), self._uncut[CUT:]
+                for line in self._lines.feed(data):
+                    self._put(0, b"", line)
+        finally:
+            self._cutting = False
 
     @property
     def _waiting(self) -> int:
@@ -215,6 +223,8 @@ class Connection:
 
     def _put(self, tag: int, head: bytes, raw: bytes | None) -> None:
         """Put a request into the inbox of the peer that a header names; all that a stranger sends is its own."""
+        if not self._watch.active:  # the request before it ended the connection
+            return
         if head and self.shell is None:
             header(Asker, head)
             head = b""

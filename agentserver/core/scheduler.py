@@ -119,7 +119,7 @@ class Scheduler:
 
     @property
     def free(self) -> bool:
-        """Whether something small may be done at once: nobody waits for a turn, and not much was done so in this one."""
+        """Whether something small may be done at once: nobody waits for a turn, and in this one not much was."""
         if self._queue:
             return False
         if self._turn != self._reactor.turns:
