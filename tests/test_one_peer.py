@@ -246,10 +246,13 @@ def test_large_requests_in_a_row_fill_only_their_senders_line(serve: Callable[..
 
 
 def test_what_waits_in_a_line_is_bounded_in_bytes(serve: Callable[..., Served]) -> None:
-    served = serve(Held(deferred=False))
+    core = Held(deferred=False)
+    served = serve(core)
     with contextlib.closing(dealer(served.server.endpoint)) as greedy:
         for n in range(5):  # the core has two, and one waits
             greedy.socket.sendall(framed(request(n, hold=True, x="x" * (7 * MIB))))
+            due = min(n + 1, 2)
+            wait_until(lambda: len(core.held) == due)
         refused = [reply_of(greedy) for _ in range(2)]
         assert [(reply["request_id"], reply["error_code"]) for reply in refused] == [
             (str(n), "rate_limited") for n in (3, 4)]

@@ -135,8 +135,10 @@ def test_a_state_directory_that_was_moved_is_named(start_server: Callable[..., S
 def test_a_restart_that_fails_later_keeps_its_reason(unix: LineWire, tmp_path: Path) -> None:
     """The restart of one that runs is answered before it can fail."""
     path = tmp_path / "agent"
-    agent = unix.ok("spawn_request", config={"command": [program(path, b"#!/bin/sh\nexec sleep 1000\n")]})
+    script = b"#!/bin/sh\necho read; exec sleep 1000\n"
+    agent = unix.ok("spawn_request", config={"command": [program(path, script)]})
     ref = agent["agent_info"]["id"]
+    unix.until_output(ref, b"read\n")  # before that the shell would read what is written now
     path.write_bytes(b"#!/no/such\n")
     unix.control(ref, "restart", grace_secs=1)
     wait_until(lambda: unix.info(ref)["attempt"] == 2 and unix.status(ref) == "failed")

@@ -61,7 +61,8 @@ class Changing:
     def become(self, package: Path) -> None:
         """Reload to other code; return when keeper, core and shell are of it."""
         self.put(package)
-        before = self.server.pids()
+        before = wait_until(lambda: {"keeper", "core", "shell"} <= set(self.server.pids()) and self.server.pids(),
+                            what="the shell to be known")
         reload(self.server, by_request)
         wait_until(lambda: told(self.server).get("shell_pid") not in (None, "", str(before["shell"])), what="the shell")
         wait_until(self._become.exists, what="the keeper to become its other version")
