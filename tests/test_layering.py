@@ -41,7 +41,7 @@ CLIENT = ("address", "talk", "calls", "hints", "follow", "lines", "client", "acl
 ACROSS = {
     "core": (),
     "shell": ("core.link", "core.framelink", "core.framing", "core.alink", "core.serving", "core.state_dir",
-              "core.lock", "core.channel", "core.privacy"),
+              "core.lock", "core.channel", "core.privacy", "core.quota"),
     # the client reaches a server over the core's socket, or over ZeroMQ when the address says so
     "client": ("core.link", "core.alink", "core.ssh", "core.lifecycle", "shell.link", "shell.alink"),
     # `serve` becomes a keeper, `stdio` a relay, and `doctor` looks at what one would need; all else goes through the

@@ -15,6 +15,7 @@ from typing import Callable, Optional, Sequence
 from ..core.channel import Channel, Json, whole
 from ..core.lock import await_free, held, restore
 from ..core.privacy import open_descriptors, shield
+from ..core.quota import give_back
 from ..errors import AgentServerError
 from .descriptors import raise_limit
 from .listening import hand_on, left_behind
@@ -77,6 +78,7 @@ def main(sock: socket.socket) -> int:
         signal.signal(ignored, signal.SIG_IGN)
     shield()
     raise_limit()
+    give_back()
     sys.setswitchinterval(0.001)  # a request must not wait 5 ms for the monitor thread
     channel = Channel(sock)
     owner = Kept(channel)

@@ -35,6 +35,7 @@ LOOK_SECS = 0.1                            # between two looks at what arrives
 UNWHOLE_MOST = MAX_WIRE + 1024 * 1024      # bytes of one connection's message that is not whole; beyond, it is cut off
 ALL_UNWHOLE_MOST = 128 * 1024 * 1024       # the same for all connections of a socket; the largest is cut off
 GROWTH_MOST = 64 * 1024 * 1024             # of the process beyond what is accounted for, while such messages are there
+GUEST_GROWTH_MOST = 512 * 1024 * 1024      # the same in a program of somebody's, which may grow for its own reasons
 _SUSPICIOUS = 4 * 1024                     # bytes; less is not looked at: handshakes, heartbeats
 _FORGIVEN = 100                            # bytes a second: a client may send heartbeats for as long as it likes
 _DEAREST = 32                              # bytes of memory that a byte on the wire can take
@@ -60,9 +61,10 @@ class Connection:
 class Connections:
     """See the module."""
 
-    def __init__(self, context: zmq.Context[Any], sock: zmq.Socket[Any], cutter: Cutter) -> None:
-        """Before the socket listens, so that no connection is missed."""
+    def __init__(self, context: zmq.Context[Any], sock: zmq.Socket[Any], cutter: Cutter, alone: bool) -> None:
+        """Before the socket listens, so that no connection is missed. `alone`: this process does nothing else."""
         self._sock, self._cutter = sock, cutter
+        self._growth_most = GROWTH_MOST if alone else GUEST_GROWTH_MOST
         address = f"inproc://connections-{id(self):x}"
         sock.monitor(address, zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._monitor: zmq.Socket[Any] = context.socket(zmq.PAIR)
@@ -197,11 +199,11 @@ class Connections:
         takes what it takes on the wire; what goes beyond twice that is memory for parts without end."""
         now = time.monotonic()
         total = sum(connection.unwhole for connection in self._suspects)
-        strange = grown - 2 * total > GROWTH_MOST
+        strange = grown - 2 * total > self._growth_most
         for connection in sorted(self._suspects, key=lambda connection: -connection.unwhole):
             size = connection.unwhole
             if size - _FORGIVEN * (now - connection.since) > UNWHOLE_MOST or total > ALL_UNWHOLE_MOST \
-                    or (strange and total * _DEAREST > GROWTH_MOST):
+                    or (strange and total * _DEAREST > self._growth_most):
                 self.cut(connection)
                 total -= size
 

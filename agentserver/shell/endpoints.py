@@ -23,7 +23,7 @@ from ..wire import MAX_WIRE, decode, encode
 
 QUEUED_EVENTS = 1000       # for a subscriber at its own end; beyond it messages are dropped, which followers notice
 QUEUED_REPLIES = 32        # for a client, in libzmq; more are kept by us, where they are counted in bytes (owed.py)
-_QUEUED_REQUESTS = 16      # of a client, in libzmq; more wait with it
+QUEUED_REQUESTS = 16       # of a client, in libzmq; more wait with it
 _QUEUED = 100              # at a client's end, each way
 _SUBSCRIPTION_BYTES = 1024  # at most; who sends a longer one is cut off by libzmq
 _LONGEST_SECS = 3600.0     # for a connection; no kernel tries as long
@@ -62,7 +62,7 @@ def router_socket(context: zmq.Context[Any]) -> zmq.Socket[Any]:
     """Return the server's request socket; libzmq cuts off a peer that sends a frame of more than `MAX_WIRE`. It tells
     of a reply that cannot be sent."""
     sock = _listening_socket(context, zmq.ROUTER, QUEUED_REPLIES, MAX_WIRE)
-    sock.setsockopt(zmq.RCVHWM, _QUEUED_REQUESTS)
+    sock.setsockopt(zmq.RCVHWM, QUEUED_REQUESTS)
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return sock
 

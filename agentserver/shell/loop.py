@@ -26,7 +26,7 @@ from ..core.link import NotThere
 from ..errors import LinkError
 from ..wire import encode, new_id
 from .connections import INFINITE, Connection, Connections
-from .endpoints import failed_reply
+from .endpoints import QUEUED_REQUESTS, failed_reply
 from .envelope import Inlet, Message
 from .owed import Owed
 from .peers import LINE_MOST, Peer, Request, Turns
@@ -34,6 +34,7 @@ from .peers import LINE_MOST, Peer, Request, Turns
 TAKEN_AT_ONCE = 64         # messages of one turn, before replies have theirs
 ALONE = 8                  # times in a row that there was no more than one message: then one client asks, most likely
 UNDECIDED_MOST = 1000      # requests that the core has and has said nothing of
+_COPIES = 3                # of a request that the core has: it, its frame, and what of that waits to be sent
 UNDECIDED_BYTES = 12 * 1024 * 1024  # of them; beyond, only small ones are passed on
 RETRY_SECS = 1             # what a client is told that sends too much
 _SHELL = encode({"kind": "zmq", "name": "shell"})
@@ -43,7 +44,6 @@ _QUIET_SECS = 1.0          # the same, for a moment in which nobody asks any mor
 _MOMENT_SECS = 0.002       # so long a moment is
 _MADE_SECS = 0.05          # between two looks at whether replies are still being made
 _MEET_MS = 5               # between two tries to reach a core that is starting beside us
-_JUDGE_SECS = 1.0          # a look at what arrives waits so long for a moment in which nothing is to be received
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
 
@@ -79,7 +79,7 @@ class RequestLoop:
         self._more = False         # there may be more to receive
         self._singles = 0          # how often in a row there was no more than one message
         self._measured: list[tuple[Connection, int]] | None = None   # what arrived, to be judged
-        self._judge_by = 0.0
+        self._unheard = 0          # so many messages later all has been received that was whole then
         self._poll, self._watched = select.poll(), (-1, 0, -1)
         self._router_fd = int(router.getsockopt(zmq.FD))
         self._over = False
@@ -128,6 +128,7 @@ class RequestLoop:
                     self._judge()
                 return
             taken += 1
+            self._unheard -= 1
             self._accept(message, now)
             if self._singles >= ALONE and self._undecided == 0:
                 break
@@ -144,7 +145,10 @@ class RequestLoop:
             self._send(peer, [*message.way, failed_reply(message.body, "bad_request", message.wrong)])
             return
         request = Request(peer, message.way, message.body, now + self._request_secs)
-        if self._turns.join(request):
+        if self._undecided < UNDECIDED_MOST and self._link.fd >= 0 and self._turns.at_once(request):
+            self._pending[request] = None
+            self._ask(request)
+        elif self._turns.join(request):
             self._pending[request] = None
         else:
             self._send(peer, [*message.way, failed_reply(
@@ -165,7 +169,7 @@ class RequestLoop:
         """Give the core the requests whose turn it is, as long as it has not too many."""
         if self._link.fd < 0:
             return
-        while self._undecided < UNDECIDED_MOST:
+        while self._turns.waiting and self._undecided < UNDECIDED_MOST:
             request = self._turns.next(self._undecided_bytes < UNDECIDED_BYTES)
             if request is None:
                 break
@@ -281,8 +285,8 @@ class RequestLoop:
         """Do what the time has come for."""
         if self._connections.look_at <= now:
             self._measured = self._connections.measure()
-            self._judge_by = now + _JUDGE_SECS
-        elif self._measured is not None and now > self._judge_by:
+            self._unheard = 2 * QUEUED_REQUESTS * (len(self._connections) + 1)  # clients take turns in libzmq
+        elif self._measured is not None and self._unheard <= 0:
             self._judge()
         if self._owed.again_at <= now:
             self._owed.pay()
@@ -291,7 +295,8 @@ class RequestLoop:
 
     def _judge(self) -> None:
         measured, self._measured = self._measured or [], None
-        self._connections.judge(measured, self._turns.bytes + self._owed.bytes)
+        held = self._turns.bytes + self._owed.bytes + _COPIES * self._undecided_bytes
+        self._connections.judge(measured, held)
 
     def _watch(self) -> None:
         want = (self._owner.wake_fd, self._link.fd, -1 if self._link.idle else 0)

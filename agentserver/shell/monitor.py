@@ -123,7 +123,7 @@ class Monitor:
 
     def _main(self, hello: Dict[str, Any]) -> None:
         xpub = xpub_socket(self._context, self._hwm)
-        connections = Connections(self._context, xpub, self._cutter)
+        connections = Connections(self._context, xpub, self._cutter, alone=bool(hello["keeper_pid"]))
         self._zap.watch(connections)
         try:
             try:

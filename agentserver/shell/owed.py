@@ -16,9 +16,11 @@ import fcntl
 import termios
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import zmq
+import zmq.backend
 
 from .connections import INFINITE
 from .peers import Peer
@@ -37,6 +39,7 @@ class Owed:
 
     def __init__(self, router: zmq.Socket[Any], cut: Callable[[Peer], None], freed: Callable[[Peer], None]) -> None:
         self._router, self._cut, self._freed = router, cut, freed
+        self._put = partial(zmq.backend.Socket.send, router)  # spares checks that other kinds of sockets need
         self._debts: dict[Peer, None] = {}
         self._large: dict[Peer, None] = {}   # who was sent large replies of late
         self.bytes = 0                       # owed
@@ -54,7 +57,7 @@ class Owed:
             if _has_unsent(peer.connection.fd):
                 return False
             peer.sizes.clear()
-        send, begun = self._router.send, False
+        send, begun = self._put, False
         try:
             for frame in frames[:-1]:
                 send(frame, _MORE)

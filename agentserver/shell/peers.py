@@ -62,7 +62,7 @@ class Turns:
     """See the module."""
 
     def __init__(self) -> None:
-        self._turns: deque[Peer] = deque()
+        self.waiting: deque[Peer] = deque()   # who has a request that may go to the core
         self.bytes = 0      # of all that wait
 
     def join(self, request: Request) -> bool:
@@ -77,20 +77,27 @@ class Turns:
         self.again(peer)
         return True
 
+    def at_once(self, request: Request) -> bool:
+        """Whether a request may go to the core without a turn, since nobody waits for one; it counts as under way."""
+        peer = request.peer
+        if self.waiting or peer.line or not peer.may_ask or len(request.body) > SMALL_BYTES:
+            return False
+        peer.asked += 1
+        return True
+
     def again(self, peer: Peer) -> None:
         """Something may have changed for this peer: let it have a turn if it can use one."""
         if not peer.in_turn and peer.line and peer.may_ask:
             peer.in_turn = True
-            self._turns.append(peer)
+            self.waiting.append(peer)
 
     def next(self, large: bool) -> Request | None:
         """Return the request whose turn it is, or `None` if none may go to the core now. `large`: whether a large one
         may; a client with one waits for that and keeps its place."""
-        turns = self._turns
-        for _ in range(len(turns)) if turns else ():
-            peer = turns.popleft()
+        for _ in range(len(self.waiting)):
+            peer = self.waiting.popleft()
             if peer.line and peer.may_ask and not large and len(peer.line[0].body) > SMALL_BYTES:
-                self._turns.append(peer)
+                self.waiting.append(peer)
                 continue
             peer.in_turn = False
             if peer.line and peer.may_ask:

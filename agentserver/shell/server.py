@@ -203,7 +203,7 @@ class Front:
         self._context: zmq.Context[Any] = zmq.Context()
         self._zap, self._cutter = Zap(self._context), Cutter()
         self._router = router_socket(self._context)
-        self._connections = Connections(self._context, self._router, self._cutter)
+        self._connections = Connections(self._context, self._router, self._cutter, alone=bool(keeper_pid))
         self._zap.watch(self._connections)
         self.bound: List[Bound] = []   # for requests and, if there is publishing, for that
         self._monitor: Optional[Monitor] = None
