@@ -61,7 +61,7 @@ class Pulse:
         for part in parts:
             if part.answers and not part.asked and part.channel is not None:
                 part.asked = self._number
-                news = self._news(part) if self._number % NEWS_ASKS == 1 else {}
+                news = self._news(part) if self._number % NEWS_ASKS in (1, 2) else {}  # at 1 the parts have told none
                 part.channel.send({"ping": self._number, **news})
 
     def _speak(self, part: Part) -> None:
