@@ -25,6 +25,8 @@ from wire import LineWire, alive
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and prctl(2)")
 NOBODY = 65534
 
+PLACES = os.pathsep.join([str(MAIN.parent.parent), str(Path(zmq.__file__).resolve().parent.parent)])
+
 
 def as_nobody(*argv: str) -> list[str]:
     return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *argv]
@@ -33,12 +35,13 @@ def as_nobody(*argv: str) -> list[str]:
 def python_for_nobody() -> str:
     """Return a Python that an ordinary user may start; skip the test where there is none, or we are not root."""
     for python in (sys.executable, shutil.which("python3", path="/usr/bin:/usr/local/bin") or ""):
-        code = ("import os, sys, ctypes, sqlite3; "
+        code = ("import os, sys, ctypes, sqlite3, zmq, agentserver.__main__; "
                 "sys.exit(sys.version_info < (3, 9) or not os.access(sys.executable, os.X_OK))")
         if python and os.getuid() == 0 and shutil.which("setpriv") and subprocess.run(
-                as_nobody(python, "-c", code), capture_output=True).returncode == 0:
+                as_nobody(python, "-c", code), capture_output=True, cwd="/",
+                env={"PYTHONPATH": PLACES}).returncode == 0:
             return python
-    pytest.skip("this needs root, setpriv, and a Python that an ordinary user may start")
+    pytest.skip("this needs root, setpriv, and a Python that an ordinary user may start, with pyzmq and this checkout")
 
 
 @pytest.fixture
@@ -51,9 +54,8 @@ def ordinary() -> Iterator[Server]:
     for path in (state_dir, scratch(state_dir)):
         path.mkdir(exist_ok=True)
         os.chown(path, NOBODY, NOBODY)
-    places = os.pathsep.join([str(MAIN.parent.parent), str(Path(zmq.__file__).resolve().parent.parent)])
     server = Server(state_dir, program=as_nobody(python, str(MAIN)), cwd=home,
-                    environ={"PYTHONPATH": places, "HOME": str(home), "AGENTSERVER_PASS_ENVIRONMENT": "TEST_RUN_MARK"})
+                    environ={"PYTHONPATH": PLACES, "HOME": str(home), "AGENTSERVER_PASS_ENVIRONMENT": "TEST_RUN_MARK"})
     try:
         yield server
         server.close_if_running()
