@@ -16,6 +16,7 @@ from typing import Callable, Dict, List
 
 from accounting import Ledger, alive_with
 from hand import Hand
+from support import wait_until
 
 from agentserver import AgentClient
 from agentserver.errors import AgentServerError
@@ -79,6 +80,7 @@ def damage(hand: Hand, ledger: Ledger, dice: random.Random, say: Callable[[str],
     for way in dice.sample(sorted(WAYS), len(WAYS)):
         say(f"  damage the registry: {way}")
         ids = _spawn(hand)
+        wait_until((hand.state_dir / "registry.db").exists, BACK_SECS, "the registry to be written anew")
         WAYS[way](hand.state_dir / "registry.db", dice)
         hand.signal("core", signal.SIGKILL)
         _compare(hand, ledger, ids, way)

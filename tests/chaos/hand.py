@@ -26,7 +26,7 @@ FAULTS = {"kill core": 10, "kill shell": 6, "kill both": 3, "kill core in take-o
           "stop shell": 2, "stop core, then kill it": 2, "stop keeper, kill core": 2, "cut connections": 6,
           "fill disk": 2, "reload": 4, "kill keeper": 3, "hang core": 0.7, "hang shell": 0.7, "suspend": 0.7,
           "delete registry": 1}
-HANG_SECS = 40.0  # a part that stands still is replaced well within this
+HANG_SECS = 60.0  # a part that stands still is replaced well within this; one that was still starting takes longest
 PART_OF = {"keeper": b"serve", "core": b"_core", "shell": b"_shell"}
 
 
