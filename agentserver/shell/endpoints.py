@@ -24,6 +24,7 @@ from ..wire import MAX_WIRE, decode, encode
 QUEUED_EVENTS = 1000       # for a subscriber at its own end; beyond it messages are dropped, which followers notice
 QUEUED_REPLIES = 32        # for a client, in libzmq; more are kept by us, where they are counted in bytes (owed.py)
 QUEUED_REQUESTS = 16       # of a client, in libzmq; more wait with it
+_A_DAY_MS = 86_400_000
 _QUEUED = 100              # at a client's end, each way
 _SUBSCRIPTION_BYTES = 1024  # at most; who sends a longer one is cut off by libzmq
 _LONGEST_SECS = 3600.0     # for a connection; no kernel tries as long
@@ -96,12 +97,14 @@ def sub_socket(context: zmq.Context[Any], queued: int = QUEUED_EVENTS) -> zmq.So
     """Return a client's listening socket, for one connection: when that is lost, it is to be replaced.
 
     libzmq (4.3.5 and before) aborts the process when a connection is made anew below a queue that was full: its
-    issue 3937. So it may not do that by itself, and must not use heartbeats of its own, which cut such a connection.
+    issue 3937. So it may not do that by itself, and must not use heartbeats of its own, which cut such a connection. It
+    waits for a day instead: told not to at all (-1), libzmq drops what was received and is not read yet, and aborts (an
+    assertion in fq.cpp) where that is the second frame of a message.
     Subscriptions beyond its SNDHWM would be dropped in silence, so it has none: they are as many as we make.
     """
     sock = _socket(context, zmq.SUB, queued, MAX_WIRE)
     sock.setsockopt(zmq.SNDHWM, 0)
-    sock.setsockopt(zmq.RECONNECT_IVL, -1)
+    sock.setsockopt(zmq.RECONNECT_IVL, _A_DAY_MS)
     return sock
 
 
