@@ -17,12 +17,12 @@ from typing import Any, Callable, Iterator
 
 import pytest
 from support import DEADLINE_SECS, Server, assert_nothing_left, clean_environ, wait_until
-from test_survival import told
+from test_survival import by_request, reload, told
 from wire import LineWire, process_state
 
 from agentserver.config import ServerConfig
 from agentserver.core.part import Part
-from agentserver.core.pulse import ASK_SECS, GAP_SECS, GIVEN_UP_SECS, START_SECS, Pulse
+from agentserver.core.pulse import ASK_SECS, GAP_SECS, GIVEN_UP_SECS, LEAVE_SECS, START_SECS, Pulse
 
 TURN = 0.5  # seconds between two turns of a keeper whose parts say nothing, as if something else woke it
 PTRACE_ATTACH, PTRACE_DETACH = 16, 17
@@ -97,6 +97,13 @@ def test_a_part_that_never_begins_to_serve() -> None:
     watch = Watch()
     assert START_SECS <= watch.killed_after(2 * START_SECS) <= START_SECS + 2 * TURN
     assert "begin" in watch.part.killed
+
+
+def test_a_part_that_was_told_to_leave_and_does_not() -> None:
+    watch = Watch(answers=True)
+    watch.part.leave()
+    assert not watch.channel.words
+    assert LEAVE_SECS <= watch.killed_after(2 * LEAVE_SECS) <= LEAVE_SECS + 2 * TURN
 
 
 def test_a_keeper_that_was_stopped_begins_anew() -> None:
@@ -190,3 +197,13 @@ def test_a_core_that_stands_still_while_the_server_is_to_end(start_server: Calla
     assert server.process.wait(3 * DEADLINE_SECS) == 0
     assert "did not answer" in server.logs()
     server.close()
+
+
+def test_a_shell_that_stands_still_while_it_is_to_leave(start_server: Callable[..., Server]) -> None:
+    """A reload has told it to; nobody would serve the network as long as it stays."""
+    server = start_server()
+    shell = server.pids()["shell"]
+    os.kill(shell, signal.SIGSTOP)
+    reload(server, by_request)
+    wait_until(lambda: told(server).get("shell_pid") not in (None, "", str(shell)), 2 * DEADLINE_SECS)
+    assert "was told to leave" in told(server)["last_killed"]

@@ -222,7 +222,9 @@ class Keeper:
         """Return the parts that have to answer. A shell waits for its core before it serves, and is not needed at the
         server's end."""
         shell = [self._shell] if self._shell is not None and self._core.ready and not self._stopping else []
-        return [part for part in (self._core, *shell) if part.channel is not None and (part.answers or part.starts)]
+        before = [self._before] if self._before is not None else []
+        return [part for part in (self._core, *before, *shell)
+                if part.channel is not None and (part.answers or part.starts or part.leaves)]
 
     def _kill_overdue(self, now: float) -> None:
         """End the cores that had to be gone, or to serve, by now; their ends come as SIGCHLD."""
@@ -289,6 +291,7 @@ class Keeper:
             self._renewal.ask()
             self._notify.ready()
             if core.channel is not None:
+                core.leave()
                 core.channel.send({"leave": True})
             if self._shell is not None:
                 self._shell.stop(again=True)  # it is started again with the new code, on the same endpoints

@@ -99,6 +99,15 @@ class Part:
         """Whether it was started, and does not serve yet."""
         return bool(self.pid and not self.ready)
 
+    @property
+    def leaves(self) -> bool:
+        """Whether it was told to leave, as another comes in its place, and has not gone yet."""
+        return bool(self.pid and self.leaving)
+
+    def leave(self) -> None:
+        """Note that it was told to, just now."""
+        self.leaving, self.silent = True, 0.0
+
     def _listens(self, where: Json, fds: list[int]) -> None:
         for fd in self.listeners:
             os.close(fd)
@@ -125,8 +134,10 @@ class Part:
 
     def stop(self, again: bool = False) -> None:
         """Ask it to leave; `again`: another comes in its place."""
-        self.leaving = again
-        if not again:
+        if again:
+            self.leave()
+        else:
+            self.leaving = False
             self._listens({}, [])
         if self.channel is not None:
             self.channel.send({"stop": True, "again": again})

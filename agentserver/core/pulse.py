@@ -20,6 +20,7 @@ from .part import Part
 ASK_SECS = 2.0        # between two questions to a part
 TOLD_SECS = 5.0       # without an answer, before it is said
 GIVEN_UP_SECS = 10.0  # without an answer, before the part is killed and started again
+LEAVE_SECS = 15.0     # for a part that was told to leave to be gone, before the same; its last replies take seconds
 START_SECS = 30.0     # without a word, for a part that does not serve yet, before the same
 NEWS_ASKS = 5         # from one question that comes with news to the next
 GAP_SECS = 1.0        # by which the keeper may wake too late before it takes itself for one that was stopped
@@ -38,7 +39,7 @@ class Pulse:
 
     def due(self, parts: Sequence[Part]) -> list[float]:
         """Return when `work` has to be called next, if there is anybody to ask."""
-        return [self._ask_at] if any(part.answers or part.starts for part in parts) else []
+        return [self._ask_at] if any(part.answers or part.starts or part.leaves for part in parts) else []
 
     def work(self, parts: Sequence[Part]) -> list[Part]:
         """Count, ask and say what is due; return the parts that have to be killed. To be called in every turn, after
@@ -48,7 +49,7 @@ class Pulse:
         for part in parts:
             if ran > ASK_SECS + GAP_SECS:  # it was we who stood still
                 part.silent = 0.0
-            elif part.asked or part.starts:
+            elif part.asked or part.starts or part.leaves:
                 part.silent += ran
             self._speak(part)
         if now >= self._ask_at:
@@ -76,10 +77,11 @@ class Pulse:
 
     @staticmethod
     def _given_up(part: Part) -> bool:
-        most = START_SECS if part.starts else GIVEN_UP_SECS
+        most, what = ((LEAVE_SECS, "was told to leave and did not within") if part.leaves else
+                      (START_SECS, "did not begin to serve within") if part.starts else
+                      (GIVEN_UP_SECS, "did not answer for"))
         if part.silent < most or tree.held_up(part.pid):
             return False
-        what = "did not begin to serve within" if part.starts else "did not answer for"
         part.killed = f"the {part.name} (process {part.pid}) {what} {most:g} s and was killed"
         part.silent, part.still = 0.0, ""
         return True
