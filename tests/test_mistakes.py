@@ -249,3 +249,14 @@ def connected(server: Server) -> socket.socket | None:
     with contextlib.suppress(BlockingIOError):
         return server.connect()
     return None
+
+
+def test_who_asks_for_much_and_hangs_up_is_closed(start_server: Callable[..., Server]) -> None:
+    """What only looks is left undone then, so that there is no reply which could find nobody there."""
+    server = start_server()
+    before = descriptors(server)
+    ask = {"type": "batch_control_command", "command_type": "get_status", "agent_ids": [f"no {n}" for n in range(9000)]}
+    for n in range(5):
+        with server.connect() as link:
+            link.sendall(json.dumps({**ask, "request_id": f"r{n}"}).encode() + b"\n")
+    wait_until(lambda: descriptors(server) == before, what="their connections to be closed")

@@ -293,9 +293,10 @@ class Connection:
     def handled(self, size: int) -> None:
         """One request, of so many bytes, is done; there may be room for others."""
         self._held -= size
-        if self._uncut and self._watch.active:
-            self._cut_lines()
-            self._desk.dirty(self)
+        if self._watch.active:
+            if self._uncut:
+                self._cut_lines()
+            self._desk.dirty(self)  # also without a reply: whoever has gone is closed, and others are read on
 
     # ------------------------------------------------------------ out
 
