@@ -256,7 +256,7 @@ def test_who_asks_for_much_and_hangs_up_is_closed(start_server: Callable[..., Se
     server = start_server()
     before = descriptors(server)
     ask = {"type": "batch_control_command", "command_type": "get_status", "agent_ids": [f"no {n}" for n in range(9000)]}
-    for n in range(5):
+    for n in range(20):
         with server.connect() as link:
             link.sendall(json.dumps({**ask, "request_id": f"r{n}"}).encode() + b"\n")
-    wait_until(lambda: descriptors(server) == before, what="their connections to be closed")
+    wait_until(lambda: descriptors(server) < before + 10, what="their connections to be closed")  # others come and go
